@@ -1,0 +1,245 @@
+"""The command line: a thin shell around `mmrep.run` and friends.
+
+Nothing heavy is imported before a command runs, so that ``--help`` and ``list`` answer at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mmrep.run import Results, Run
+
+app = typer.Typer(
+    name="mmrep", help="Any kind of data in one embedding space.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False, rich_markup_mode=None,
+)  # fmt: skip
+
+RecipeName = Annotated[str, typer.Argument(help="Name of a recipe (`mmrep list recipes`), or path of a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes, as train.steps=100 or optim.lr=3e-4.")]
+ModelName = Annotated[str, typer.Option("--model", "-m", help="Saved model: a folder or a hub id.")]
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<recipe>.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps on a few samples, to see that it runs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the resolved config and shapes; train nothing.")] = False,
+) -> None:
+    """Train a recipe, then evaluate it. Under torchrun or accelerate launch, on several processes."""
+    from mmrep.recipe import read_recipe
+    from mmrep.run import Run
+
+    resolved = read_recipe(recipe, overrides or (), smoke=smoke)
+    if dry_run:
+        from mmrep.describe import describe
+
+        typer.echo(describe(Run(resolved, smoke=smoke)))
+        return
+    folder = out or _default_folder(recipe, smoke)
+    run = Run(resolved, folder, smoke=smoke)
+    results = run.train(resume=resume, command=f"mmrep train {recipe} {' '.join(overrides or ())}".strip())
+    if results:
+        _show(results)
+        typer.echo(f"\nRun: {folder}    Next: mmrep report {folder}    mmrep index {folder}    mmrep search {folder} …")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    names: Annotated[list[str] | None, typer.Argument(help="Which evaluations; default all of the recipe's.")] = None,
+) -> None:
+    """Evaluate a run's model again."""
+    from mmrep.run import open_run
+
+    _show(open_run(run).evaluate(names or None))
+
+
+@app.command()
+def encode(
+    inputs: Annotated[list[str], typer.Argument(help="Values: files or texts, as the modality reads them; - = lines of stdin.")],
+    model: ModelName,
+    out: Annotated[Path, typer.Option(help="Where to write the embeddings, .npy float32 [n, dim].")],
+    modality: Annotated[str | None, typer.Option(help="Tower or modality; needed if the model has several.")] = None,
+    batch_size: int = 32,
+    truncate_dim: int | None = None,
+) -> None:
+    """Embed files or texts into a .npy file."""
+    import numpy as np
+
+    from mmrep.hub.folder import load
+
+    values: list[Any] = [line.rstrip("\n") for line in sys.stdin] if inputs == ["-"] else list(inputs)
+    vectors = load(_model_folder(model)).encode(values, modality, batch_size=batch_size, truncate_dim=truncate_dim)
+    np.save(out, vectors, allow_pickle=False)
+    typer.echo(f"{len(values)} embeddings → {out}", err=True)
+
+
+@app.command()
+def index(
+    data: Annotated[Path, typer.Argument(help="Run folder (its held-out data is indexed), or a folder of files.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Saved model; default the run's own.")] = None,
+    modality: Annotated[str, typer.Option(help="What the files are.")] = "image",
+    out: Annotated[Path | None, typer.Option(help="Index folder; default <data>/index.")] = None,
+    source: Annotated[str | None, typer.Option(help="Which held-out source of the run; default all.")] = None,
+) -> None:
+    """Embed a folder of files, or a run's data, into a searchable index on disk."""
+    from mmrep.embed.search import index_folder, index_run
+
+    is_run = (data / "config.yaml").is_file()
+    if not is_run and model is None:
+        raise typer.BadParameter(f"{data} is no run folder: say which model embeds its files with --model")
+    target = out or data / "index"
+    if is_run:
+        report = index_run(data, target, modality=modality, source=source, model=model)
+    else:
+        report = index_folder(data, target, model=_model_folder(model or ""), modality=modality)
+    typer.echo(report)
+
+
+@app.command()
+def search(
+    where: Annotated[Path, typer.Argument(help="Index folder, or a run folder or folder of files that holds `index`.")],
+    query: Annotated[str, typer.Argument(help="A text, or the path of a file.")],
+    modality: Annotated[str | None, typer.Option(help="What the query is; default: image for an existing file, else text.")] = None,
+    k: Annotated[int, typer.Option("-k", help="How many results.")] = 5,
+) -> None:
+    """Search an index with a text or with a file."""
+    from mmrep.embed.search import open_search
+
+    searcher = open_search(where)
+    kind = modality or ("image" if Path(query).is_file() else "text")
+    for rank, hit in enumerate(searcher.search(query, kind, k), 1):
+        typer.echo(f"{rank:3d}  {hit.score:6.3f}  {hit.id}  {hit.record.get('text', '')}")
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file; default <run>/report.html.")] = None,
+) -> None:
+    """Write one static HTML page about a run."""
+    from mmrep.report.from_run import report_run
+
+    typer.echo(str(report_run(run, out)))
+
+
+@app.command("list")
+def list_(
+    kind: Annotated[str, typer.Argument(help="recipes, encoders, losses, objectives, sources, …")] = "recipes",
+    pattern: Annotated[str, typer.Argument(help="Shell pattern, such as '*vit*'.")] = "*",
+) -> None:
+    """List registered names; imports none of them."""
+    from mmrep.registry import REGISTRIES, UnknownNameError, near
+
+    if kind == "recipes":
+        from mmrep._recipe_files import recipe_names
+
+        names = recipe_names(pattern)
+    elif kind in REGISTRIES:
+        names = REGISTRIES[kind].names(pattern)
+    else:
+        kinds = ["recipes", *REGISTRIES]
+        raise UnknownNameError(f"unknown kind {kind!r}{near(kind, kinds)} One of: {', '.join(kinds)}")
+    for name in names:
+        typer.echo(name)
+
+
+@app.command()
+def cp(
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe.")],
+    to: Annotated[Path, typer.Argument(help="Folder or file to copy it to.")],
+) -> None:
+    """Copy a recipe to a place where you can edit it."""
+    from mmrep._recipe_files import recipe_text
+
+    text = recipe_text(recipe)
+    target = to / f"{recipe}.yaml" if to.is_dir() else to
+    if target.exists():
+        raise typer.BadParameter(f"{target} exists already; it is not overwritten")
+    target.write_text(text, encoding="utf-8")
+    typer.echo(str(target))
+
+
+@app.command()
+def check(
+    what: Annotated[str, typer.Argument(help="Name of an encoder, or path of a saved model or recipe.")],
+) -> None:
+    """Run the contract checks on an encoder, load and verify a saved model, or validate a recipe."""
+    from mmrep.check import check as run_checks
+
+    for line in run_checks(what):
+        typer.echo(line)
+
+
+@app.command()
+def env() -> None:
+    """Versions and machine, for a bug report."""
+    from mmrep.describe import environment
+
+    for name, value in environment().items():
+        typer.echo(f"{name:18s} {value}")
+
+
+def main() -> None:
+    """Entry point: expected errors become one readable message and exit code 2; Ctrl-C is exit code 130."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        typer.echo("stopped; continue with --resume", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if not _is_for_people(error):
+            raise
+        typer.echo(f"error: {_message(error)}", err=True)
+        sys.exit(2)
+
+
+def _is_for_people(error: Exception) -> bool:
+    """Whether the message alone helps the user; a traceback is kept for everything unexpected."""
+    import click
+
+    if isinstance(error, click.ClickException):
+        return True
+    modules = ("mmrep.config", "mmrep.registry", "mmrep.encoder", "mmrep.hub", "mmrep.training.errors", "mmrep.embed", "mmrep.data")
+    return type(error).__module__.startswith(modules)
+
+
+def _message(error: Exception) -> str:
+    describe: Callable[[], str] | None = getattr(error, "format_message", None)
+    return describe() if describe is not None else str(error)
+
+
+def _default_folder(recipe: str, smoke: bool) -> Path:
+    base = Path("runs") / (Path(recipe).stem + ("-smoke" if smoke else ""))
+    if smoke:
+        import shutil
+
+        shutil.rmtree(base, ignore_errors=True)  # a smoke run is only a look: the last one is no work to keep
+    return base
+
+
+def _model_folder(name: str) -> str:
+    """A run folder stands for its model."""
+    inner = Path(name) / "model"
+    return str(inner) if (inner / "config.json").is_file() else name
+
+
+def _show(results: Results) -> None:
+    from mmrep.describe import results_table
+
+    typer.echo(results_table(results))

@@ -1,0 +1,32 @@
+"""The first few samples of another source, for smoke runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from mmrep.data.sample import Sample
+from mmrep.data.source import Source
+
+
+class Limited(Source):
+    """At most ``count`` samples of ``source``, in its order."""
+
+    def __init__(self, source: Source, count: int) -> None:
+        super().__init__(source.config)
+        self._source = source
+        self._count = count
+        self.columns = source.columns
+        self.streaming = source.streaming
+        self.has_group = source.has_group
+        self.class_names = source.class_names
+
+    def __len__(self) -> int:
+        return min(self._count, len(self._source))
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._source[index]
+
+    def stream(self, part: int = 0, parts: int = 1, epoch: int = 0) -> Iterator[Sample]:
+        """The first ``count`` records, split into ``parts``."""
+        return islice(islice(self._source.stream(0, 1, epoch), self._count), part, None, parts)

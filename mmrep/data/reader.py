@@ -1,0 +1,182 @@
+"""From a record to prepared tensors, and from those to a batch. Runs in loader workers."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from mmrep.data.batch import Batch
+from mmrep.data.sample import Quarantined, Sample, stable_hash
+from mmrep.embed.memo import content_key
+from mmrep.encoder import BadSampleError, Encoder
+from mmrep.tokens import Inputs
+from mmrep.views.view import View
+
+NOT_THE_DATA = (MemoryError, ImportError, NotImplementedError, AssertionError, NameError)
+"""Exceptions that no value of a sample is to blame for: they stop the run at once."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A sample that could be read.
+
+    Attributes:
+        id: the sample's id.
+        label: class index or name, or None.
+        group: 63-bit hash of the sample's group (of its id where it has none); 0 if the reader leaves groups out.
+        seed: 63 bits; the batch-level randomness of this sample's views in this epoch derives from it.
+        inputs: per field that the sample has, one prepared item per view.
+        keys: per memoised field that the sample has, the content key of its item.
+    """
+
+    id: str
+    label: int | str | None
+    group: int
+    seed: int
+    inputs: dict[str, list[Inputs]]
+    keys: dict[str, bytes]
+
+
+class Reader:
+    """Reads the fields of samples with their encoders.
+
+    A sample of which one field cannot be read is skipped whole: with half a sample, the pairs that it takes part in
+    would depend on which half was broken.
+
+    Args:
+        encoders: per field (column), the encoder that reads it.
+        views: per field, its views, None for the deterministic reading; a field without an entry has one of these.
+        memoised: fields whose prepared items are kept apart, with a content key, for a frozen encoder's memo.
+        seed: what all randomness derives from, with epoch, sample id, field and view.
+        group: whether batches carry groups; the source says so for all ranks alike.
+
+    Raises:
+        ValueError: a memoised field has views, or an entry names no field.
+    """
+
+    def __init__(
+        self,
+        encoders: Mapping[str, Encoder],
+        views: Mapping[str, Sequence[View | None]] | None = None,
+        memoised: Collection[str] = (),
+        seed: int = 0,
+        group: bool = False,
+    ) -> None:
+        unknown = {*(views or {}), *memoised} - set(encoders)
+        if unknown:
+            raise ValueError(f"no field {', '.join(map(repr, sorted(unknown)))}; fields: {', '.join(encoders)}")
+        self.encoders = dict(encoders)
+        self.views: dict[str, tuple[View | None, ...]] = {f: tuple((views or {}).get(f, ())) or (None,) for f in encoders}
+        self.memoised = frozenset(memoised)
+        self.seed = seed
+        self.group = group
+        for field in self.memoised:
+            if self.views[field] != (None,):
+                raise ValueError(f"field {field!r} is memoised, which needs its one deterministic reading; it has views")
+        self.fixed = frozenset(f for f, chosen in self.views.items() if all(v is None or _on_device(v) for v in chosen))
+        """Fields whose prepared items are the same in every epoch: no view acts on single samples."""
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields that are read."""
+        return list(self.encoders)
+
+    def read(self, sample: Sample | Quarantined, epoch: int, kept: Item | None = None) -> Item | Quarantined:
+        """Prepare every field that the sample has.
+
+        Args:
+            sample: the record; a quarantined one is passed on.
+            epoch: part of the seed of every random reading.
+            kept: an earlier reading of the same sample, whose `inputs` are used in place of preparing again.
+        """
+        if isinstance(sample, Quarantined):
+            return sample
+        inputs = {} if kept is None else dict(kept.inputs)
+        keys = {} if kept is None else dict(kept.keys)
+        for field, encoder in self.encoders.items():
+            raw = sample.fields.get(field)
+            if raw is None or field in inputs:
+                continue
+            try:
+                inputs[field] = [
+                    encoder.prepare(raw, view=view, seed=stable_hash(self.seed, epoch, sample.id, field, number))
+                    for number, view in enumerate(self.views[field])
+                ]
+            except Exception as error:
+                return failure(error, sample.id, field)
+            if field in self.memoised:
+                keys[field] = content_key(inputs[field][0])
+        if not inputs:
+            wanted, has = ", ".join(self.encoders), ", ".join(sample.fields) or "nothing"
+            return Quarantined(sample.id, "", "empty sample", f"it has none of {wanted}; it has {has}")
+        mine = ("id", sample.id) if sample.group is None else ("group", sample.group)
+        group = stable_hash(*mine) if self.group else 0
+        return Item(sample.id, sample.label, group, stable_hash(self.seed, epoch, sample.id), inputs, keys)
+
+    def again(self, kept: Item, epoch: int) -> Item:
+        """The reading in another epoch of an item all of whose fields are `fixed`."""
+        return replace(kept, seed=stable_hash(self.seed, epoch, kept.id))
+
+    def collate(self, items: Sequence[Item | Quarantined]) -> Batch:
+        """Make a batch of the samples that could be read; there may be none."""
+        good = [item for item in items if isinstance(item, Item)]
+        batch = Batch(
+            ids=[item.id for item in good],
+            seeds=torch.tensor([item.seed for item in good], dtype=torch.long),
+            group=torch.tensor([item.group for item in good], dtype=torch.long) if self.group else None,
+            labels=[item.label for item in good],
+            quarantined=[item for item in items if isinstance(item, Quarantined)],
+        )
+        for field, encoder in self.encoders.items():
+            batch.present[field] = torch.tensor([field in item.inputs for item in good], dtype=torch.bool)
+            have = [item for item in good if field in item.inputs]
+            if not have:
+                continue
+            if field in self.memoised:
+                batch.items[field] = [item.inputs[field][0] for item in have]
+                batch.keys[field] = [item.keys[field] for item in have]
+            else:
+                count = range(len(self.views[field]))
+                batch.inputs[field] = [encoder.collate([item.inputs[field][view] for item in have]) for view in count]
+        return batch
+
+
+def failure(error: Exception, id: str, field: str) -> Quarantined:
+    """The note of a value that could not be read.
+
+    What users feed is arbitrary, so whatever a decoder raises counts as a bad sample; a mistake in the code behaves
+    the same way, fails on nearly every sample, and so meets the quarantine's limit, which shows the note's words.
+
+    Args:
+        error: what ``Encoder.prepare`` raised.
+        id: the sample's id.
+        field: the field that was read.
+
+    Raises:
+        Exception: the error itself, if it is one of `NOT_THE_DATA`, with the sample named in a note.
+    """
+    if isinstance(error, NOT_THE_DATA):
+        error.add_note(f"while reading field {field!r} of sample {id!r}")
+        raise error
+    detail = str(error)
+    if isinstance(error, BadSampleError):
+        cause = error.cause
+    elif isinstance(error, FileNotFoundError):
+        cause = "missing file"
+    elif isinstance(error, OSError):
+        cause = "unreadable file"
+    elif isinstance(error, UnicodeError):
+        cause = "invalid utf-8"
+    else:
+        cause = f"unexpected {type(error).__name__}"
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
+        detail = f"{detail}{where}"
+    return Quarantined(id, field, cause, detail[:500])
+
+
+def _on_device(view: View) -> bool:
+    return type(view).sample is View.sample

@@ -1,0 +1,57 @@
+"""Features of frozen towers, kept by content, so that each distinct input is encoded once in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+from mmrep.model import Tower
+from mmrep.tokens import Inputs
+
+
+def content_key(item: Inputs) -> bytes:
+    """16 bytes that identify a prepared item by its content."""
+    digest = blake2b(digest_size=16)
+    for name in sorted(item):
+        value = item[name].contiguous()
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.view(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.digest()
+
+
+class Memo:
+    """Pooled features by tower and content key, on the CPU.
+
+    Args:
+        batch_size: how many missing items are encoded at a time.
+        max_bytes: the memory it may take; past it nothing more is kept (and everything still works).
+    """
+
+    def __init__(self, batch_size: int = 64, max_bytes: int = 2 << 30) -> None:
+        self.batch_size = batch_size
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._kept: dict[tuple[int, bytes], Tensor] = {}
+
+    @torch.no_grad()
+    def features(self, tower: Tower, keys: Sequence[bytes], items: Sequence[Inputs], device: torch.device) -> Tensor:
+        """Pooled features float32 [n, width] of ``items``, computing only those that are not kept yet."""
+        here = id(tower)
+        fresh: dict[bytes, Inputs] = {k: i for k, i in zip(keys, items, strict=True) if (here, k) not in self._kept}
+        found: dict[bytes, Tensor] = {}
+        order = sorted(fresh, key=lambda k: tower.encoder.length(fresh[k]))
+        for start in range(0, len(order), self.batch_size):
+            chunk = order[start : start + self.batch_size]
+            inputs = tower.encoder.collate([fresh[k] for k in chunk])
+            # fp32: these features are kept, so they must not depend on the autocast state of the step that met them.
+            with torch.autocast(device.type, enabled=False):
+                values = tower.features({k: v.to(device) for k, v in inputs.items()}).float().cpu()
+            for key, value in zip(chunk, values, strict=True):
+                found[key] = value
+                if self.bytes + value.nbytes <= self.max_bytes:
+                    self._kept[here, key] = value.clone()
+                    self.bytes += value.nbytes
+        return torch.stack([found[k] if k in found else self._kept[here, k] for k in keys]).to(device)

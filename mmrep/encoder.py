@@ -1,0 +1,160 @@
+"""The encoder contract: how raw values of one modality become numbers, tokens and an encoding.
+
+Every encoder of every modality has the same verbs. `mmrep.testing.check_encoder` runs them all on the encoder's own
+`Encoder.examples`, so a new encoder gets its tests by registering.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmrep.tokens import Encoding, Inputs, Tokens
+from mmrep.views import View
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
+
+CAPABILITIES = frozenset({"tokens", "drop_tokens", "mask_token", "layers"})
+
+
+class BadSampleError(ValueError):
+    """A raw value that cannot be read; the sample is quarantined under ``cause`` and the run goes on.
+
+    Args:
+        cause: a short stable label to count by, such as ``"truncated image"``.
+        detail: what was seen.
+    """
+
+    def __init__(self, cause: str, detail: str = "") -> None:
+        self.cause = cause
+        super().__init__(f"{cause}: {detail}" if detail else cause)
+
+
+class Encoder(nn.Module):
+    """Raw values of one modality to tokens.
+
+    A subclass has a nested or neighbouring config dataclass named by ``Config`` and is built as ``cls(config)``, or
+    as ``cls(config, files=folder)`` when it is loaded from a saved model whose ``folder`` holds what `save_files`
+    wrote (the folder is absent if it wrote nothing), or after `fit` learned something. Building with ``files`` must
+    need nothing else: no hub, no network, no original path, and no pretrained weights, which come from the state.
+
+    Attributes:
+        modality: the name of the modality, such as ``"image"``.
+        width: D, the width of the tokens.
+        supports: which of ``"tokens", "drop_tokens", "mask_token", "layers"`` the encoder can do.
+        depth: how many layers can be asked for, 0 when ``"layers"`` is not supported.
+    """
+
+    Config: ClassVar[type]
+    modality: ClassVar[str]
+    supports: frozenset[str] = frozenset({"tokens"})
+    width: int
+    depth: int = 0
+
+    def __init__(self, config: Any, files: Path | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.files = files
+
+    @classmethod
+    def fit(cls, config: Any, samples: Iterable[Any], folder: Path) -> None:
+        """Learn what must be known before the weights exist (a tokenizer, a normalisation) from training samples.
+
+        Args:
+            config: the config as written in the recipe.
+            samples: raw values of the fields that this encoder will read, training split only; may be read twice.
+            folder: where to write what was learned; it is then given to the constructor as ``files``. The default
+                learns nothing and writes nothing.
+        """
+
+    def examples(self, n: int, seed: int) -> list[Any]:
+        """Make ``n`` raw sample inputs, the same for the same ``seed`` on every machine."""
+        raise NotImplementedError
+
+    def prepare(self, raw: Any, *, view: View | None = None, seed: int = 0) -> Inputs:
+        """Read one raw value into per-sample tensors, without a batch axis. Runs in loader workers.
+
+        Args:
+            raw: a path, bytes, PIL image, array, string or dict, as the modality accepts.
+            view: a random reading to apply between decoding and normalisation; None is the deterministic reading.
+            seed: what the view's randomness is derived from.
+
+        Raises:
+            BadSampleError: the value cannot be read.
+        """
+        raise NotImplementedError
+
+    def collate(self, items: Sequence[Inputs]) -> Inputs:
+        """Stack prepared items into one batch; padding is the encoder's affair. The default stacks equal shapes."""
+        return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+    def length(self, item: Inputs) -> int:
+        """How long a prepared item is, for sorting into batches of similar length. The default is constant."""
+        return 1
+
+    def tokenize(self, inputs: Inputs) -> Tokens:
+        """Inputs to tokens [B, N, D], with positions added."""
+        raise NotImplementedError
+
+    def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
+        """Tokens to an encoding.
+
+        Args:
+            tokens: what `tokenize` returned.
+            keep: int64 [B, K] of the tokens to compute; others cost nothing. Needs ``"drop_tokens"``.
+            layers: 1-based layer numbers whose outputs to return. Needs ``"layers"``.
+        """
+        raise NotImplementedError
+
+    def forward(self, inputs: Inputs) -> Encoding:
+        """``encode(tokenize(inputs))``."""
+        return self.encode(self.tokenize(inputs))
+
+    def preview(self, raw: Any) -> Image | str:
+        """What a person is shown of a raw value, in reports and search results: a picture or a line of text."""
+        text = str(raw)
+        return text if len(text) <= 120 else text[:117] + "…"
+
+    def save_files(self, folder: Path) -> None:
+        """Write what the constructor needs beside config and weights (tokenizer, foreign config). Default: nothing."""
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of this encoder's parameters of two or more dimensions that must not decay (position tables)."""
+        return set()
+
+    def check_request(self, keep: Tensor | None, layers: Sequence[int]) -> None:
+        """Refuse what this encoder cannot do, naming encoders of the modality that can.
+
+        Raises:
+            ValueError: ``keep`` or ``layers`` is asked of an encoder that does not support it.
+        """
+        if keep is not None and "drop_tokens" not in self.supports:
+            raise ValueError(unsupported(self, "drop_tokens"))
+        if layers and "layers" not in self.supports:
+            raise ValueError(unsupported(self, "layers"))
+        bad = [n for n in layers if not 1 <= n <= self.depth]
+        if bad:
+            raise ValueError(f"{type(self).__name__} has layers 1 to {self.depth}; asked for {bad}")
+
+
+def unsupported(encoder: Encoder, capability: str) -> str:
+    """The message for a capability that ``encoder`` lacks: it names registered encoders of its modality that have it."""
+    from mmrep.registry import encoders
+
+    able = [
+        name
+        for name, cls in encoders.load_all().items()
+        if getattr(cls, "modality", None) == encoder.modality and capability in getattr(cls, "supports", ())
+    ]
+    return (
+        f"{type(encoder).__name__} does not support {capability!r}; "
+        f"{encoder.modality} encoders that do: {', '.join(able) or 'none is registered'}"
+    )

@@ -1,0 +1,172 @@
+"""The evaluations a recipe can name: retrieval, zero-shot classification, nearest neighbours, linear probe."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from mmrep.config import config
+from mmrep.evaluate._relevance import Relevance
+from mmrep.evaluate.baselines import nearest_input
+from mmrep.evaluate.encoded import EncodedSet
+from mmrep.evaluate.evaluation import Bench, Evaluation, Row
+from mmrep.evaluate.knn import knn_metrics
+from mmrep.evaluate.probe import linear_probe
+from mmrep.evaluate.retrieval import retrieval_metrics
+from mmrep.evaluate.zero_shot import TEMPLATES, class_embeddings, zero_shot_metrics
+
+
+class Retrieval(Evaluation):
+    """Both directions between two fields; samples of one group answer each other."""
+
+    @config
+    class Config:
+        """data: held-out source. between: two fields. ks: cut-offs.
+
+        baselines: ``untrained`` (the model before training) and ``nearest-input`` (each item of the second field is
+        described by the first field of its nearest training item in raw inputs). neighbours: for ``nearest-input``.
+        """
+
+        data: str
+        between: Annotated[tuple[str, ...], Field(min_length=2, max_length=2)]
+        ks: tuple[int, ...] = (1, 5, 10)
+        baselines: tuple[Literal["untrained", "nearest-input"], ...] = ("untrained",)
+        neighbours: Annotated[int, Field(ge=1)] = 1
+
+    config: Config
+
+    def run(self, bench: Bench) -> list[Row]:
+        """Rows for the model, the baselines and chance, in both directions."""
+        a, b = self.config.between
+        encoded = bench.encoded(self.config.data)
+        rows = self._both(encoded, encoded.embeddings[a], encoded.embeddings[b], "model")
+        if "untrained" in self.config.baselines:
+            before = bench.encoded_untrained(self.config.data)
+            rows += self._both(before, before.embeddings[a], before.embeddings[b], "untrained")
+        if "nearest-input" in self.config.baselines:
+            items, queries = nearest_input(
+                bench.untrained(), bench.train(), encoded, near=(b, bench.fields[b]), described=(a, bench.fields[a]),
+                k=self.config.neighbours,
+            )  # fmt: skip
+            rows += self._both(encoded, queries, items, "nearest input")
+        chance = [
+            {"who": "chance", "direction": row["direction"],
+             **{k.removeprefix("chance_"): v for k, v in row.items() if k.startswith("chance_")}}
+            for row in rows if row["who"] == "model"
+        ]  # fmt: skip
+        kept = [{k: v for k, v in row.items() if not k.startswith("chance_")} for row in [*rows, *chance]]
+        return sorted(kept, key=lambda row: row["direction"] != f"{a}→{b}")
+
+    def _both(self, encoded: EncodedSet, left: Any, right: Any, who: str) -> list[Row]:
+        a, b = self.config.between
+        groups = np.array(encoded.groups(), dtype=object)
+        rows: list[Row] = []
+        for first, second, x, y in ((a, b, left, right), (b, a, right, left)):
+            here, there = encoded.present[first], encoded.present[second]
+            relevant = Relevance.from_groups(list(groups[here]), list(groups[there]))
+            figures = retrieval_metrics(x[here], y[there], relevant, self.config.ks)
+            rows.append({"who": who, "direction": f"{first}→{second}", **figures})
+        return rows
+
+
+class ZeroShot(Evaluation):
+    """Classification of one field by the embeddings of class names in prompts."""
+
+    @config
+    class Config:
+        """data: held-out labelled source. field: what is classified. text: the field (or tower) that reads prompts.
+
+        templates: prompts with ``{}`` for the class name. temperature: which of the model's temperatures turns
+        similarities into probabilities.
+        """
+
+        data: str
+        field: str
+        text: str
+        templates: tuple[str, ...] = TEMPLATES
+        temperature: str = "default"
+
+    config: Config
+
+    def run(self, bench: Bench) -> list[Row]:
+        """Rows for the model and chance."""
+        encoded = bench.encoded(self.config.data)
+        labels, names = _labels(encoded)
+        tower = bench.fields.get(self.config.text, self.config.text)
+        prompts = class_embeddings(lambda texts: bench.model.encode(texts, tower), names, self.config.templates)
+        temperature = bench.model.temperatures[self.config.temperature]
+        figures = zero_shot_metrics(
+            encoded.embeddings[self.config.field], prompts, labels,
+            scale=float(temperature.scale), bias=None if temperature.bias is None else float(temperature.bias),
+        )  # fmt: skip
+        return _beside_chance(figures)
+
+
+class KNN(Evaluation):
+    """Classification by the nearest training embeddings."""
+
+    @config
+    class Config:
+        """data: held-out labelled source. field: what is classified. k: neighbours. temperature: of their weights."""
+
+        data: str
+        field: str
+        k: Annotated[int, Field(ge=1)] = 20
+        temperature: Annotated[float, Field(gt=0)] = 0.07
+
+    config: Config
+
+    def run(self, bench: Bench) -> list[Row]:
+        """Rows for the model and the majority class."""
+        x, y, labels, answers = _split(bench, self.config)
+        figures = knn_metrics(x, labels, y, answers, k=self.config.k, temperature=self.config.temperature)
+        return _beside_majority(figures)
+
+
+class LinearProbe(Evaluation):
+    """A linear classifier on frozen embeddings."""
+
+    @config
+    class Config:
+        """data: held-out labelled source. field: what is classified."""
+
+        data: str
+        field: str
+
+    config: Config
+
+    def run(self, bench: Bench) -> list[Row]:
+        """Rows for the model and the majority class."""
+        x, y, labels, answers = _split(bench, self.config)
+        return _beside_majority(linear_probe(x, labels, y, answers))
+
+
+def _labels(encoded: EncodedSet) -> tuple[np.ndarray, list[str]]:
+    """Integer labels [n] and class names; labels given as names are numbered in sorted order."""
+    raw = [s.label for s in encoded.samples]
+    if any(label is None for label in raw):
+        raise ValueError(f"{sum(label is None for label in raw)} of {len(raw)} samples have no label; set the source's `label:`")
+    if encoded.class_names is not None and all(isinstance(label, int) for label in raw):
+        return np.array(raw), encoded.class_names
+    names = encoded.class_names or sorted({str(label) for label in raw})
+    return np.array([names.index(str(label)) for label in raw]), names
+
+
+def _split(bench: Bench, config: Any) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
+    train, test = bench.encoded_train(), bench.encoded(config.data)
+    sides = [(e.embeddings[config.field][e.present[config.field]],
+              [str(s.label) for s, p in zip(e.samples, e.present[config.field], strict=True) if p]) for e in (train, test)]
+    return sides[0][0], sides[1][0], sides[0][1], sides[1][1]
+
+
+def _beside_chance(figures: dict[str, float]) -> list[Row]:
+    chance = {k.removeprefix("chance_"): v for k, v in figures.items() if k.startswith("chance_")}
+    own = {k: v for k, v in figures.items() if not k.startswith("chance_")}
+    return [{"who": "model", **own}, {"who": "chance", **chance}]
+
+
+def _beside_majority(figures: dict[str, float]) -> list[Row]:
+    own = {k: v for k, v in figures.items() if k != "majority"}
+    return [{"who": "model", **own}, {"who": "majority class", "accuracy": figures["majority"]}]

@@ -1,0 +1,278 @@
+"""Named towers in one space, their temperatures, and what a user does with them: encode, compare, save."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import torch
+from huggingface_hub import ModelCard, ModelHubMixin
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmrep.config import Component, ConfigError, Of, component, config
+from mmrep.encoder import Encoder
+from mmrep.registry import UnknownNameError, near
+from mmrep.tokens import Encoding, Inputs
+
+if TYPE_CHECKING:
+    from mmrep.embed.encode import Embeddings, Raw
+
+
+@config
+class TowerConfig:
+    """Encoder → pool → projector.
+
+    frozen: the encoder and the pool get no gradient and stay in eval mode; the projector still trains.
+    """
+
+    encoder: Annotated[Component, Of("encoders")]
+    pool: Annotated[Component, Of("pools")] = field(default_factory=lambda: component("pools", "mean"))
+    projector: Annotated[Component, Of("projectors")] = field(default_factory=lambda: component("projectors", "linear"))
+    frozen: bool = False
+
+
+@config
+class TemperatureConfig:
+    """How similarities become logits: ``scale * cosine + bias``.
+
+    scale: initial value, 1 / temperature. learned: train it. max_scale, min_scale: bounds applied after each step; a
+    start (or a loaded checkpoint) outside them widens them, so that nothing is cut by the first step. bias: initial
+    additive bias, for the sigmoid loss; None = no bias.
+    """
+
+    scale: Annotated[float, Field(gt=0)] = 1 / 0.07
+    learned: bool = True
+    max_scale: Annotated[float, Field(gt=0)] | None = 100.0
+    min_scale: Annotated[float, Field(gt=0)] = 1.0
+    bias: float | None = None
+
+
+@config
+class ModelConfig:
+    """dim: size of the common space. towers: by name; the name is usually the modality.
+
+    normalize: embeddings have unit length. temperatures: by name; objectives refer to them.
+    """
+
+    dim: Annotated[int, Field(ge=1)]
+    towers: dict[str, TowerConfig]
+    normalize: bool = True
+    temperatures: dict[str, TemperatureConfig] = field(default_factory=lambda: {"default": TemperatureConfig()})
+
+    def __post_init__(self) -> None:
+        if not self.towers:
+            raise ValueError("a model needs at least one tower")
+
+
+class Temperature(nn.Module):
+    """A learned (or fixed) logit scale, kept in fp32 and as a logarithm, with an optional bias.
+
+    Both are kept in fp32 whatever the model is cast to: in bf16 a scale near 100 cannot move by less than 3 %.
+    """
+
+    def __init__(self, config: TemperatureConfig) -> None:
+        super().__init__()
+        self.config = config
+        # [1] rather than 0-D: FSDP2 shards dimension 0.
+        self.log_scale = nn.Parameter(torch.tensor([config.scale]).log(), requires_grad=config.learned)
+        self.bias = None if config.bias is None else nn.Parameter(torch.tensor([config.bias]), requires_grad=config.learned)
+        self._widest = config.scale
+
+    @property
+    def scale(self) -> Tensor:
+        """exp(log_scale), float32 [1], differentiable."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Apply the bounds. Called after each optimizer step; never inside forward, where it would kill the gradient."""
+        lowest = min(self.config.min_scale, self._narrowest())
+        highest = None if self.config.max_scale is None else max(self.config.max_scale, self._widest)
+        self.log_scale.clamp_(torch.tensor(lowest).log().item(), None if highest is None else torch.tensor(highest).log().item())
+
+    def _narrowest(self) -> float:
+        return min(self.config.scale, self._widest)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        key = prefix + "log_scale"
+        if key in state_dict:  # older files hold a 0-D scale
+            state_dict[key] = state_dict[key].reshape(1)
+            self._widest = float(state_dict[key].float().exp())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Temperature:
+        super()._apply(fn, recurse)
+        for parameter in self.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+        return self
+
+
+class Tower(nn.Module):
+    """Encoder → pool → projector: the inputs of one field to embeddings [B, dim]."""
+
+    def __init__(self, config: TowerConfig, dim: int, *, normalize: bool = True, files: Path | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.dim = dim
+        self.normalize = normalize
+        self.encoder: Encoder = config.encoder.build(files=files)
+        self.pool = config.pool.build(self.encoder.width)
+        self.projector = config.projector.build(self.encoder.width, dim)
+        if config.frozen:
+            self.encoder.requires_grad_(False)
+            self.pool.requires_grad_(False)
+            self.train(self.training)
+
+    @property
+    def modality(self) -> str:
+        """The modality of the encoder."""
+        return self.encoder.modality
+
+    def train(self, mode: bool = True) -> Tower:
+        """Switch training mode; frozen parts stay in eval mode, so that their dropout and statistics rest."""
+        super().train(mode)
+        if self.config.frozen:
+            self.encoder.eval()
+            self.pool.eval()
+        return self
+
+    def encoding(self, inputs: Inputs, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
+        """The encoder's tokens."""
+        if keep is None and not layers:
+            return self.encoder(inputs)
+        return self.encoder.encode(self.encoder.tokenize(inputs), keep, layers)
+
+    def features(self, inputs: Inputs) -> Tensor:
+        """Pooled, not projected: [B, width]."""
+        return self.pool(self.encoding(inputs))
+
+    def project(self, features: Tensor) -> Tensor:
+        """[B, width] to float32 [B, dim], of unit length if the model normalises."""
+        out = self.projector(features).float()
+        return F.normalize(out, dim=-1) if self.normalize else out
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Inputs to embeddings, float32 [B, dim]."""
+        return self.project(self.features(inputs))
+
+
+class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feature-extraction"]):
+    """Named towers in one space.
+
+    Args:
+        config: towers, dimension, temperatures.
+        files: per tower, the folder of what its encoder saved or learned (a tokenizer). An encoder that is given one
+            builds from it alone and fetches no pretrained weights: they come from the saved state.
+    """
+
+    def __init__(self, config: ModelConfig, *, files: Mapping[str, Path] | None = None) -> None:
+        super().__init__()
+        self.config = config
+        towers: dict[str, Tower] = {}
+        for name, tower in config.towers.items():
+            try:
+                towers[name] = Tower(tower, config.dim, normalize=config.normalize, files=(files or {}).get(name))
+            except ConfigError:
+                raise
+            except ValueError as error:
+                raise ConfigError([f"model.towers.{name}: {error}"]) from error
+        self.towers = nn.ModuleDict(towers)
+        self.temperatures = nn.ModuleDict({n: Temperature(t) for n, t in config.temperatures.items()})
+
+    @property
+    def dim(self) -> int:
+        """Size of the common space."""
+        return self.config.dim
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def modalities(self) -> list[str]:
+        """The modalities of the towers, each once."""
+        return list(dict.fromkeys(self.tower(name).modality for name in self.config.towers))
+
+    def supports(self, modality: str) -> bool:
+        """Whether some tower reads this modality (or has this name)."""
+        return modality in self.modalities or modality in self.config.towers
+
+    def tower(self, name: str) -> Tower:
+        """The tower with this name, or the only tower of this modality.
+
+        Raises:
+            UnknownNameError: there is none, or several towers share the modality.
+        """
+        if name in self.towers:
+            return cast(Tower, self.towers[name])
+        same = [n for n, t in self.towers.items() if cast(Tower, t).modality == name]
+        if len(same) == 1:
+            return cast(Tower, self.towers[same[0]])
+        if same:
+            raise UnknownNameError(f"towers {', '.join(same)} all read {name!r}: name the tower instead")
+        raise UnknownNameError(
+            f"this model has no tower or modality {name!r}{near(name, self.towers)} It has: {', '.join(self.towers)}"
+        )
+
+    def encode(self, inputs: Raw, modality: str | None = None, **options: Any) -> Embeddings:
+        """Embed raw values. See `mmrep.embed.encode.encode` for every option; the names are sentence-transformers'.
+
+        Args:
+            inputs: one raw value, a list of them, or ``{"image": [...], "text": [...]}``.
+            modality: tower name or modality of a value or list. May be left out only if the model has one tower.
+            **options: ``batch_size, show_progress_bar, normalize_embeddings, precision, truncate_dim, device,
+                convert_to_tensor``.
+
+        Returns:
+            numpy float32 [n, dim] in the caller's order; [dim] for one value; a dict for a dict.
+        """
+        from mmrep.embed.encode import encode
+
+        return encode(self, inputs, modality, **options)
+
+    def similarity(self, a: Any, b: Any) -> Tensor:
+        """Cosine similarity of embeddings [n, dim] and [m, dim] (arrays or tensors): float32 tensor [n, m]."""
+        rows, columns = (F.normalize(torch.atleast_2d(torch.as_tensor(x).float()), dim=-1) for x in (a, b))
+        return rows @ columns.T
+
+    def clamp_temperatures(self) -> None:
+        """Apply every temperature's bounds; the trainer calls it after each optimizer step."""
+        for temperature in self.temperatures.values():
+            cast(Temperature, temperature).clamp_()
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        from mmrep.hub.folder import write
+
+        write(self, save_directory)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Model:  # type: ignore[override]
+        """Load a saved model from a folder or from the Hugging Face hub.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or a hub id.
+            **options: ``revision, token, cache_dir, force_download, local_files_only`` (as huggingface_hub's),
+                ``device``, and ``check_fingerprint=False`` to load in spite of a mismatch.
+        """
+        from mmrep.hub.folder import load
+
+        return load(pretrained_model_name_or_path, **options)
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The README.md of a saved model."""
+        from mmrep.hub.card import model_card
+
+        return model_card(self, **kwargs)
+
+
+def parameter_counts(model: Model) -> Mapping[str, tuple[int, int]]:
+    """Per tower: (all parameters, trainable parameters)."""
+    return {
+        name: (sum(p.numel() for p in t.parameters()), sum(p.numel() for p in t.parameters() if p.requires_grad))
+        for name, t in model.towers.items()
+    }

@@ -1,0 +1,43 @@
+"""The contract of an objective: what one training step computes from one batch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmrep.config import config
+from mmrep.model import Model
+from mmrep.step import Step
+
+
+@config
+class ObjectiveConfig:
+    """What every objective has. weight: factor of its loss in the sum. name: prefix of its metrics."""
+
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    name: str | None = None
+
+
+class Objective(nn.Module):
+    """Which fields, views, masks and targets meet in which loss.
+
+    Attributes:
+        scope: ``"batch"`` if samples are coupled (it then meets gathering and embedding caches), else ``"sample"``.
+    """
+
+    Config: ClassVar[type]
+    scope: Literal["sample", "batch"] = "batch"
+
+    def __init__(self, config: Any, model: Model, fields: dict[str, str]) -> None:
+        """Check the config against the model and the fields; refuse here, not in the first step."""
+        super().__init__()
+        self.config = config
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """``{"loss": scalar, named parts}``; the mean over processes is the loss of the whole batch."""
+        raise NotImplementedError
+
+    def after_optimizer_step(self) -> None:
+        """Update teachers, queues and centres. Called once per optimizer step."""

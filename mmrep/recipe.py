@@ -1,0 +1,112 @@
+"""A recipe: a commented YAML that names data, model, objectives, optimisation and evaluations.
+
+``extends: <recipe or path>`` starts from another recipe; mappings merge key by key, anything else replaces. A recipe
+of the library is named (``quickstart``); one's own is a path (``./mine.yaml``).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Field
+
+from mmrep._recipe_files import recipe_names, recipe_text, resolve
+from mmrep.config import Component, ConfigError, Of, config, dump, merge, override, parse
+from mmrep.model import ModelConfig
+from mmrep.registry import near
+from mmrep.training.optim import OptimConfig
+from mmrep.training.trainer import TrainConfig
+
+__all__ = ["DataConfig", "Recipe", "read_recipe", "recipe_json", "recipe_names", "recipe_text", "write_recipe"]
+
+SMOKE = {"train": {"steps": 4, "epochs": None, "batch_size": 16, "workers": 0, "eval_every": None, "log_every": 1}}
+"""What ``--smoke`` lays over any recipe; sources are cut to `SMOKE_SAMPLES` as well."""
+SMOKE_SAMPLES = 48
+
+
+@config
+class DataConfig:
+    """What is read.
+
+    train: the training source. fields: tower by column; a column that is not named is not read. views: per field, one
+    or more random readings. evaluation: held-out sources by name. max_bad: share of unreadable samples past which the
+    run stops. cache: keep prepared samples in memory.
+    """
+
+    train: Annotated[Component, Of("sources")]
+    fields: dict[str, str]
+    views: Annotated[dict[str, list[Component]], Of("views")] = field(default_factory=dict)
+    evaluation: Annotated[dict[str, Component], Of("sources")] = field(default_factory=dict)
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.05
+    cache: bool = False
+
+
+@config
+class Recipe:
+    """The resolved recipe.
+
+    about: one line on what it is. evaluations: what is measured at the end, by name.
+    """
+
+    data: DataConfig
+    model: ModelConfig
+    objectives: Annotated[list[Component], Of("objectives")]
+    train: TrainConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluations: Annotated[dict[str, Component], Of("evaluations")] = field(default_factory=dict)
+    about: str = ""
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        if not self.objectives:
+            problems.append("objectives: at least one is needed")
+        towers = self.model.towers
+        modalities = [getattr(tower.encoder.cls, "modality", None) for tower in towers.values()]
+        for column, name in self.data.fields.items():
+            if name not in towers and modalities.count(name) != 1:
+                problems.append(f"data.fields.{column}: no tower {name!r}{near(name, towers)} Towers: {', '.join(towers)}")
+        for column in self.data.views:
+            if column not in self.data.fields:
+                problems.append(f"data.views.{column}: unknown field{near(column, self.data.fields)} "
+                                f"Fields: {', '.join(self.data.fields)}")
+        for name, chosen in self.evaluations.items():
+            source = getattr(chosen.config, "data", None)
+            if source is not None and source not in self.data.evaluation:
+                problems.append(f"evaluations.{name}.data: unknown {source!r}{near(source, self.data.evaluation)} "
+                                f"data.evaluation has: {', '.join(self.data.evaluation) or 'nothing'}")
+        if problems:
+            raise ConfigError(problems)
+
+
+def read_recipe(name: str, overrides: Sequence[str] = (), *, smoke: bool = False) -> Recipe:
+    """Read a recipe by name or path, lay overrides over it and validate it.
+
+    Args:
+        name: name of one of the library's recipes, or path of a YAML file or of a run folder.
+        overrides: ``a.b=value`` from the command line.
+        smoke: cut steps and batch so that the recipe only shows that it runs.
+
+    Raises:
+        ConfigError: every problem found, with its path.
+    """
+    data = resolve(name)
+    if smoke:
+        data = merge(data, SMOKE)
+    for assignment in overrides:
+        data = override(data, assignment)
+    return parse(Recipe, data)
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Write the resolved recipe as YAML that `read_recipe` reads back to an equal recipe."""
+    path.write_text(yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def recipe_json(recipe: Recipe) -> str:
+    """The resolved recipe as JSON, for comparing two runs."""
+    return json.dumps(dump(recipe), sort_keys=True)

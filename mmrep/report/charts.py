@@ -1,0 +1,199 @@
+"""Line charts over training steps, as inline SVG whose colours follow the page's light or dark theme."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmrep.report.thumbnails import clean
+
+_POINTS = 600
+"""More points than this are averaged in bins: a chart is not wider than this many pixels."""
+_MOVING = 40
+"""From so many points on, a noisy curve is drawn beside its moving average."""
+_MAX_LINES = 8
+
+# matplotlib writes colours as hexadecimal numbers; these stand for the page's CSS variables.
+_INK, _GRID, _GROUND = "#0a0b0c", "#0a0b0d", "#0a0b0e"
+_SERIES = [f"#0a0b{number:02x}" for number in range(0x10, 0x10 + _MAX_LINES)]
+_VARIABLES = {_INK: "var(--muted)", _GRID: "var(--line)", _GROUND: "var(--ground)"} | {
+    color: f"var(--series-{number})" for number, color in enumerate(_SERIES, 1)
+}
+_DASHES: list[Any] = ["-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2))]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve: steps and finite values of one length, and a name; ``flat`` lines are references, such as chance."""
+
+    name: str
+    steps: tuple[float, ...]
+    values: tuple[float, ...]
+    flat: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A drawn chart: title, the SVG, and what it shows in words."""
+
+    title: str
+    svg: str
+    summary: str
+
+
+def training_charts(metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[str, Mapping[str, Any]]) -> list[Chart]:
+    """Charts of loss, learning rate, held-out figures and whatever else was logged, in this order.
+
+    Args:
+        metrics: lines with ``step``; values that are not finite are left out and counted in the summary.
+        evaluations: final results, for the level of chance.
+    """
+    names = [k for k in dict.fromkeys(key for line in metrics for key in line) if k != "step"]
+    losses = [k for k in names if k == "loss" or (k.endswith("/loss") and not k.startswith("eval/"))]
+    rates = [k for k in names if k == "lr" or k.startswith("lr/")]
+    evals = [k for k in names if k.startswith("eval/")]
+    rest = [k for k in names if k not in {*losses, *rates, *evals}]
+    lines = {name: line for name in names if (line := _line(name, metrics))}
+    if len(losses) == 2 and all(k in lines for k in losses) and lines[losses[0]].values == lines[losses[1]].values:
+        losses = losses[:1]  # one objective of weight 1: its loss is the loss
+    groups = [("Loss", losses), ("Learning rate", rates)]
+    charts = [_draw(title, [lines[k] for k in keys if k in lines], f"{n}", metrics) for n, (title, keys) in enumerate(groups)]
+    charts += _held_out({k: lines[k] for k in evals if k in lines}, evaluations)
+    charts += [_draw(k.replace("_", " "), [lines[k]], f"r{n}", metrics) for n, k in enumerate(rest) if k in lines]
+    return [chart for chart in charts if chart is not None]
+
+
+def _held_out(lines: Mapping[str, Line], evaluations: Mapping[str, Mapping[str, Any]]) -> list[Chart | None]:
+    """One chart per evaluation: its most telling figure, in every direction, beside chance."""
+    found: dict[str, dict[tuple[str, str], Line]] = {}
+    for key, line in lines.items():
+        _, name, *direction, figure = key.split("/") if key.count("/") > 1 else ("", "", key)
+        found.setdefault(name, {})[("/".join(direction), figure)] = line
+    charts: list[Chart | None] = []
+    for number, (name, by_figure) in enumerate(found.items()):
+        figures = list(dict.fromkeys(figure for _, figure in by_figure))
+        figure = next((f for f in ("R@5", "R@1", "accuracy") if f in figures), figures[0])
+        chosen = {direction: line for (direction, f), line in by_figure.items() if f == figure}
+        curves = [Line(direction or figure, line.steps, line.values) for direction, line in chosen.items()]
+        levels = {
+            float(row[figure])
+            for row in evaluations.get(name, {}).get("rows", ())
+            if row.get("who") == "chance" and row.get("direction", "") in chosen and isinstance(row.get(figure), float)
+        }
+        reach = (min(line.steps[0] for line in curves), max(line.steps[-1] for line in curves))
+        curves += [Line("chance", reach, (level, level), flat=True) for level in sorted(levels)[:1]]
+        charts.append(_draw(f"{figure} on {name}", curves, f"e{number}", ()))
+    return charts
+
+
+def _line(name: str, metrics: Sequence[Mapping[str, Any]]) -> Line | None:
+    points = [
+        (float(line["step"]), float(line[name]))
+        for line in metrics
+        if isinstance(line.get("step"), int | float) and isinstance(line.get(name), int | float)
+    ]
+    points = sorted(point for point in points if math.isfinite(point[1]))
+    return Line(name, *zip(*points, strict=True)) if points else None
+
+
+def _draw(title: str, lines: Sequence[Line], key: str, metrics: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Draw lines over steps; ``key`` makes the SVG's ids its own."""
+    if not lines:
+        return None
+    left_out = len(lines[_MAX_LINES:])
+    lines = lines[:_MAX_LINES]
+    summary = "; ".join(_words(line) for line in lines)
+    bad = sum(1 for row in metrics for line in lines if _not_finite(row.get(line.name)))
+    summary += f"; {bad} values are not finite and are left out" if bad else ""
+    summary += f"; {left_out} more are not drawn" if left_out else ""
+    return Chart(clean(title), _svg(lines, key), clean(summary) + ".")
+
+
+def _svg(lines: Sequence[Line], key: str) -> str:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style = {
+        "svg.fonttype": "none", "svg.hashsalt": key, "font.family": ["sans-serif"], "font.size": 9, "axes.edgecolor": _GRID,
+        "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _GRID, "ytick.color": _GRID, "text.parse_math": False,
+        "xtick.labelcolor": _INK, "ytick.labelcolor": _INK, "grid.color": _GRID, "grid.linewidth": 0.6,
+        "axes.grid": True, "axes.grid.axis": "y", "axes.spines.top": False, "axes.spines.right": False,
+        "axes.spines.left": False, "axes.formatter.limits": (-3, 5), "axes.formatter.use_mathtext": False,
+        "legend.frameon": False, "ytick.major.size": 0, "axes.axisbelow": True,
+    }  # fmt: skip
+    with rc_context(style):
+        figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+        axes = figure.add_subplot()
+        for number, line in enumerate(lines):
+            color = _INK if line.flat else _SERIES[number]
+            dash = (0, (2, 3)) if line.flat else _DASHES[number % len(_DASHES)]
+            steps, values = _binned(line)
+            label = clean(line.name).lstrip("_")  # matplotlib hides labels that begin with an underscore
+            if len(values) < _MOVING or _smooth(values):
+                axes.plot(steps, values, color=color, linestyle=dash, linewidth=1.6, label=label,
+                          marker="o" if len(values) <= 12 and not line.flat else None, markersize=4)  # fmt: skip
+            else:
+                axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
+                axes.plot(steps, _moving_average(values), color=color, linestyle=dash, linewidth=1.8, label=label)
+        axes.set_xlabel("step")
+        axes.margins(x=0.02)
+        if len(lines) > 1:
+            axes.legend(loc="best", labelcolor=_INK, handlelength=2.4)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(buffer.getvalue(), key)
+
+
+def _inline(svg: str, key: str) -> str:
+    """An SVG file as part of a page: no prologue, its own ids, theme colours, the page's font, a fluid size."""
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>chart-{key}-", svg)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, variable)
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px; font-family: inherit", svg)
+    return re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"|<svg ', _fluid, svg, count=1)
+
+
+def _fluid(match: re.Match[str]) -> str:
+    return f'<svg aria-hidden="true" {match[1] or ""}'
+
+
+def _binned(line: Line) -> tuple[np.ndarray, np.ndarray]:
+    steps, values = np.array(line.steps), np.array(line.values)
+    if len(values) <= _POINTS:
+        return steps, values
+    parts = np.array_split(np.arange(len(values)), _POINTS)
+    return np.array([steps[p].mean() for p in parts]), np.array([values[p].mean() for p in parts])
+
+
+def _smooth(values: np.ndarray) -> bool:
+    """Whether neighbours differ so little that a moving average adds nothing (a learning rate, a temperature)."""
+    return bool(np.abs(np.diff(values)).mean() <= 0.02 * np.ptp(values) + 1e-12)
+
+
+def _moving_average(values: np.ndarray) -> np.ndarray:
+    """Mean of a centred window of a twentieth of the curve, narrower at the ends."""
+    half = max(len(values) // 40, 1)
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _words(line: Line) -> str:
+    if line.flat:
+        return f"{line.name} {line.values[0]:.3g}"
+    first, last = (line.steps[0], line.values[0]), (line.steps[-1], line.values[-1])
+    if len(line.values) == 1:
+        return f"{line.name} {first[1]:.3g} at step {first[0]:.0f}"
+    return f"{line.name} from {first[1]:.3g} at step {first[0]:.0f} to {last[1]:.3g} at step {last[0]:.0f}"
+
+
+def _not_finite(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -1,0 +1,94 @@
+"""A run folder as the data of a report."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections import Counter
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmrep.report.data import PairSet, ReportData
+
+if TYPE_CHECKING:
+    from mmrep.run import Run
+
+_PACKAGES = ("mmrep", "torch", "torchvision", "accelerate", "transformers", "open_clip_torch", "timm", "datasets",
+             "safetensors", "numpy", "pillow", "scikit-learn", "faiss-cpu")  # fmt: skip
+
+
+def read_run(run: Run) -> ReportData:
+    """Read what a run wrote, and embed the held-out sources that its evaluations compare two fields of.
+
+    Files that the run has not written (yet) are left out.
+
+    Raises:
+        ValueError: a line of a file is not JSON; the message names the file and the line.
+    """
+    assert run.folder is not None, "a dry run has nothing to report"
+    folder = run.folder
+    evaluation, quarantine = folder / "evaluation.json", folder / "quarantine.jsonl"
+    return ReportData(
+        title=folder.resolve().name,
+        about=run.recipe.about,
+        config=(folder / "config.yaml").read_text(encoding="utf-8"),
+        versions=versions(),
+        metrics=_lines(folder / "metrics.jsonl"),
+        evaluations=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},
+        quarantined=dict(Counter(str(line["cause"]) for line in _lines(quarantine))),
+        temperatures=_temperatures(run),
+        sets=_sets(run),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Python, the platform and the packages that a result depends on, as installed here."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _sets(run: Run) -> list[PairSet]:
+    def preview(field: str, raw: Any) -> Any:
+        return run.model.tower(run.recipe.data.fields[field]).encoder.preview(raw)
+
+    wanted: dict[tuple[str, frozenset[str]], tuple[str, str]] = {}
+    for chosen in run.recipe.evaluations.values():
+        source, between = getattr(chosen.config, "data", None), getattr(chosen.config, "between", None)
+        if source is not None and between is not None:
+            wanted.setdefault((source, frozenset(between)), tuple(between))
+    fields = list(run.recipe.data.fields)
+    if not wanted and len(fields) > 1:  # the first two fields of each source, if no evaluation compares two
+        wanted = {(name, frozenset(fields[:2])): (fields[0], fields[1]) for name in run.recipe.data.evaluation}
+    return [
+        PairSet(name=name, encoded=run.encoded(name), fields=between, preview=preview)
+        for (name, _), between in wanted.items()
+    ]
+
+
+def _temperatures(run: Run) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for name, temperature in run.model.temperatures.items():
+        found[name] = {"scale": float(temperature.scale)}
+        if temperature.bias is not None:
+            found[name]["bias"] = float(temperature.bias)
+    return found
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """A JSON-lines file, or nothing if it is absent. A last line without its newline was cut by a kill: skipped."""
+    if not path.is_file():
+        return []
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]
+    read: list[dict[str, Any]] = []
+    for number, line in enumerate(whole, 1):
+        try:
+            read.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
+    return read

@@ -1,0 +1,129 @@
+"""One batch, seen lazily by the objectives: everything asked twice is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from mmrep.data.batch import Batch
+from mmrep.data.sample import stable_hash
+from mmrep.embed.memo import Memo
+from mmrep.model import Model, Tower
+from mmrep.registry import UnknownNameError, near
+from mmrep.tokens import Encoding, Inputs
+from mmrep.views.view import Params, View
+from mmrep.world import World
+
+FieldViews = Mapping[str, Sequence[View | None]]
+
+
+class Step:
+    """One batch in one forward pass.
+
+    Args:
+        model: the towers.
+        batch: the batch, on the model's device.
+        fields: tower name by field.
+        views: per field, its views; a field without an entry has one deterministic reading.
+        world: the processes that share the batch; losses gather through it.
+        memo: features of frozen towers, kept by content.
+    """
+
+    def __init__(
+        self, model: Model, batch: Batch, *, fields: Mapping[str, str], views: FieldViews, world: World, memo: Memo
+    ) -> None:
+        self.model = model
+        self.batch = batch
+        self.world = world
+        self._fields = fields
+        self._views = views
+        self._memo = memo
+        self._inputs: dict[tuple[str, int], tuple[Inputs, Params]] = {}
+        self._embeddings: dict[tuple[str, int], Tensor] = {}
+        self._encodings: dict[tuple[str, int], Encoding] = {}
+
+    @property
+    def ids(self) -> list[str]:
+        """Sample ids."""
+        return self.batch.ids
+
+    @property
+    def labels(self) -> list[int | str | None]:
+        """Sample labels."""
+        return self.batch.labels
+
+    @property
+    def group(self) -> Tensor | None:
+        """int64 [B]; equal for samples that are positives of each other."""
+        return self.batch.group
+
+    def tower(self, field: str) -> Tower:
+        """The tower that reads ``field``."""
+        if field not in self._fields:
+            raise UnknownNameError(f"unknown field {field!r}{near(field, self._fields)} Known: {', '.join(self._fields)}")
+        return self.model.tower(self._fields[field])
+
+    def present(self, field: str) -> Tensor:
+        """bool [B]: which samples have this field."""
+        self.tower(field)
+        known = self.batch.present.get(field)
+        return torch.zeros(len(self.batch), dtype=torch.bool, device=self.model.device) if known is None else known
+
+    def inputs(self, field: str, view: int = 0) -> Inputs:
+        """The collated inputs of the samples that have the field, after the view's transform on the device."""
+        return self._viewed(field, view)[0]
+
+    def params(self, field: str, view: int = 0) -> Params:
+        """The parameters of the transform that made the view; rows are the samples that have the field."""
+        return self._viewed(field, view)[1]
+
+    def encoding(self, field: str, view: int = 0) -> Encoding:
+        """Tokens of the samples that have the field (rows where `present` is True)."""
+        key = (field, view)
+        if key not in self._encodings:
+            self._encodings[key] = self.tower(field).encoding(self.inputs(field, view))
+        return self._encodings[key]
+
+    def embedding(self, field: str, view: int = 0) -> Tensor:
+        """Embeddings float32 [B, dim]; rows of samples without the field are zero.
+
+        Where no sample has the field, the zeros still depend on every trainable parameter of the tower (with zero
+        gradient), so that all processes reduce the same parameters.
+        """
+        key = (field, view)
+        if key not in self._embeddings:
+            self._embeddings[key] = self._embed(field, view)
+        return self._embeddings[key]
+
+    def _embed(self, field: str, view: int) -> Tensor:
+        tower, present = self.tower(field), self.present(field)
+        if field in self.batch.items:
+            features = self._memo.features(tower, self.batch.keys[field], self.batch.items[field], self.model.device)
+            found = tower.project(features)
+        elif field in self.batch.inputs:
+            if (field, view) in self._encodings:
+                found = tower.project(tower.pool(self._encodings[field, view]))
+            else:
+                found = tower(self.inputs(field, view))
+        else:
+            idle = sum(p.float().sum() * 0 for p in tower.parameters() if p.requires_grad)
+            return torch.zeros(len(self.batch), tower.dim, device=self.model.device) + idle
+        if len(found) == len(self.batch):
+            return found
+        rows = present.nonzero()[:, 0]
+        return found.new_zeros(len(self.batch), tower.dim).index_copy(0, rows, found)
+
+    def _viewed(self, field: str, view: int) -> tuple[Inputs, Params]:
+        key = (field, view)
+        if key not in self._inputs:
+            collated = self.batch.inputs[field][view]
+            views = self._views.get(field, ())
+            chosen = views[view] if view < len(views) else None
+            if chosen is None:
+                self._inputs[key] = collated, {}
+            else:
+                seeds = self.batch.seeds[self.present(field)] + stable_hash(field, view)
+                self._inputs[key] = chosen.batch(collated, seeds)
+        return self._inputs[key]

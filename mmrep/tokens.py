@@ -1,0 +1,191 @@
+"""What flows between encoder, head and objective: token values, where each token sits, and named index sets.
+
+There are no bare boolean masks whose polarity must be guessed: a `Mask` holds the indices that are *visible* and the
+indices that are *target*, and an empty slot in an index set is ``-1``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+Inputs = dict[str, Tensor]
+"""One collated batch of one field, as its encoder made it. Every tensor has the batch first."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The geometry of a batch of tokens.
+
+    Attributes:
+        coords: float [B, N, C]; where each token sits, in the modality's own units (patch row and column, seconds,
+            metres, position in the sentence). Special tokens have coordinates of zero.
+        valid: bool [B, N]; False is padding.
+        special: bool [B, N]; True for class, register and query tokens, which are never masked and always kept.
+        shape: the regular shape of the non-special tokens, such as (rows, columns), or None where they are ragged
+            or some were dropped.
+        edges: int64 [2, E], for graphs only: pairs of indices into the flattened [B * N] tokens.
+    """
+
+    coords: Tensor
+    valid: Tensor
+    special: Tensor
+    shape: tuple[int, ...] | None = None
+    edges: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        B, N = self.valid.shape
+        if self.coords.shape[:2] != (B, N) or self.special.shape != (B, N):
+            raise ValueError(
+                f"a Grid needs coords [B, N, C], valid [B, N] and special [B, N]; got {tuple(self.coords.shape)}, "
+                f"{tuple(self.valid.shape)} and {tuple(self.special.shape)}"
+            )
+
+    @classmethod
+    def regular(cls, batch: int, shape: tuple[int, ...], *, special: int = 0, device: torch.device | None = None) -> Grid:
+        """A full grid of ``shape``, in raster order, behind ``special`` leading special tokens."""
+        axes = [torch.arange(n, dtype=torch.float32, device=device) for n in shape]
+        coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(shape))
+        coords = torch.cat([coords.new_zeros(special, len(shape)), coords])
+        marks = torch.arange(len(coords), device=device) < special
+        return cls(
+            coords=coords.expand(batch, -1, -1),
+            valid=torch.ones(batch, len(coords), dtype=torch.bool, device=device),
+            special=marks.expand(batch, -1),
+            shape=shape,
+        )
+
+    @classmethod
+    def sequence(cls, valid: Tensor, special: Tensor | None = None) -> Grid:
+        """A ragged sequence: ``valid`` bool [B, N]; a token's coordinate is its index."""
+        B, N = valid.shape
+        coords = torch.arange(N, dtype=torch.float32, device=valid.device).expand(B, N)[..., None]
+        return cls(coords=coords, valid=valid, special=torch.zeros_like(valid) if special is None else special)
+
+    def select(self, index: Tensor) -> Grid:
+        """The grid of the tokens at ``index`` int64 [B, K]; -1 makes an invalid token. Graph edges are induced."""
+        present = index >= 0
+        at = index.clamp_min(0)
+        return Grid(
+            coords=self.coords.gather(1, at[..., None].expand(-1, -1, self.coords.shape[-1])),
+            valid=self.valid.gather(1, at) & present,
+            special=self.special.gather(1, at) & present,
+            shape=None,
+            edges=None if self.edges is None else self._induced(index),
+        )
+
+    def _induced(self, index: Tensor) -> Tensor:
+        """Keep the edges whose two ends are both in ``index``, renumbered to the new token positions."""
+        assert self.edges is not None
+        (B, N), K = self.valid.shape, index.shape[1]
+        moved = torch.full((B * N,), -1, dtype=torch.long, device=index.device)
+        rows = torch.arange(B, device=index.device)[:, None].expand(-1, K)
+        slots = torch.arange(B * K, device=index.device).view(B, K)
+        present = index >= 0
+        moved[(rows * N + index)[present]] = slots[present]
+        edges = moved[self.edges]
+        return edges[:, (edges >= 0).all(0)]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token values with their geometry.
+
+    Attributes:
+        values: float [B, N, D]; positions have been added already.
+        grid: where the tokens sit.
+    """
+
+    values: Tensor
+    grid: Grid
+
+    def __post_init__(self) -> None:
+        if self.values.shape[:2] != self.grid.valid.shape:
+            raise ValueError(f"values {tuple(self.values.shape)} do not match a grid of {tuple(self.grid.valid.shape)}")
+
+    def keep(self, index: Tensor | None) -> Tokens:
+        """Drop every token that is neither special nor named in ``index``.
+
+        Args:
+            index: int64 [B, K], positions among this object's tokens; -1 is an empty slot. None keeps all.
+                Special tokens may be left out of it: they are kept in any case, in front.
+
+        Raises:
+            ValueError: an index past the last token, or samples with different numbers of special tokens.
+        """
+        if index is None:
+            return self
+        full = keep_special(index, self.grid)
+        at = full.clamp_min(0)[..., None].expand(-1, -1, self.values.shape[-1])
+        return Tokens(self.values.gather(1, at), self.grid.select(full))
+
+
+def keep_special(index: Tensor, grid: Grid) -> Tensor:
+    """Put every special token of ``grid`` in front of ``index`` int64 [B, K] (which may name some already).
+
+    Raises:
+        ValueError: an index past the last token, or samples with different numbers of special tokens.
+    """
+    N = grid.valid.shape[1]
+    if index.numel() and int(index.max()) >= N:
+        raise ValueError(f"keep index {int(index.max())} is past the last of {N} tokens")
+    counts = grid.special.sum(1)
+    if counts.numel() == 0 or int(counts.max()) == 0:
+        return index
+    count = int(counts[0])
+    if bool((counts != count).any()):
+        raise ValueError(f"samples have different numbers of special tokens ({counts.tolist()}): name them in keep")
+    special = grid.special.nonzero()[:, 1].view(-1, count)
+    named = grid.special.gather(1, index.clamp_min(0)) & (index >= 0)
+    rest = index.masked_fill(named, -1)
+    if bool(named.any()):  # close the gaps, so that no slot is spent on a token that stands in front already
+        order = (rest < 0).to(torch.int8).argsort(dim=1, stable=True)
+        rest = rest.gather(1, order)[:, : int((rest >= 0).sum(1).max())]
+    return torch.cat([special, rest], dim=1)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Named index sets over the tokens of one grid, several groups of each per sample.
+
+    Attributes:
+        visible: int64 [B, Gv, Nv]; what the student sees. -1 is an empty slot.
+        target: int64 [B, Gt, Nt]; what is to be predicted. -1 is an empty slot.
+    """
+
+    visible: Tensor
+    target: Tensor
+
+    def __post_init__(self) -> None:
+        for name in ("visible", "target"):
+            index: Tensor = getattr(self, name)
+            if index.ndim != 3 or index.dtype != torch.long:
+                raise ValueError(f"Mask.{name} must be int64 [B, groups, N]; got {index.dtype} {tuple(index.shape)}")
+
+    def counts(self, name: str) -> Tensor:
+        """How many slots of ``"visible"`` or ``"target"`` are filled: int64 [B, groups]."""
+        index: Tensor = getattr(self, name)
+        return (index >= 0).sum(-1)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What an encoder returns.
+
+    Attributes:
+        tokens: the tokens after the last layer, [B, N', D].
+        pooled: [B, D]; the encoder's own pooled vector, if its architecture has one.
+        layers: tokens after each requested layer, each [B, N', D].
+        extra: named tensors that a special head needs, such as a log-variance.
+    """
+
+    tokens: Tokens
+    pooled: Tensor | None = None
+    layers: tuple[Tensor, ...] = ()
+    extra: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def with_values(self, values: Tensor) -> Encoding:
+        """The same encoding with other token values."""
+        return replace(self, tokens=Tokens(values, self.tokens.grid))

@@ -1,0 +1,1 @@
+"""The training loop, distributed collectives, optimizer groups, checkpoints and exact resume."""

@@ -1,0 +1,90 @@
+"""What a run is told (`TrainConfig`), what it reads (`Loader`), and who may watch it (`Callback`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
+
+from pydantic import Field
+
+from mmrep.config import config
+from mmrep.data.batch import Batch
+from mmrep.training.engine import Precision
+
+if TYPE_CHECKING:
+    from mmrep.training.trainer import Trainer
+
+
+@config
+class TrainConfig:
+    """How long and how a run goes. Exactly one of ``steps`` and ``epochs`` is given.
+
+    steps: optimizer steps. epochs: passes over the data; may be a fraction. batch_size: samples a step, over all
+    processes. precision: ``auto`` is bf16 where the hardware multiplies it, else fp32; weights stay fp32. seed: of
+    everything random. log_every, save_every, eval_every: in steps; null = only at the end (eval: never). keep: how many
+    checkpoints stay. max_bad: share of unreadable samples past which the run stops. workers: loader processes.
+    channels_last: memory format of convolutions. deterministic: refuse kernels that are not reproducible.
+    """
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    batch_size: Annotated[int, Field(ge=1)] = 256
+    precision: Precision = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+    log_every: Annotated[int, Field(ge=1)] = 10
+    save_every: Annotated[int, Field(ge=1)] | None = 500
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    keep: Annotated[int, Field(ge=1)] = 3
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.05
+    workers: Annotated[int, Field(ge=0)] = 2
+    channels_last: bool = False
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"give exactly one of steps and epochs and set the other to null; "
+                f"got steps={self.steps}, epochs={self.epochs}"
+            )
+
+
+class Loader(Protocol):
+    """The batches of this process.
+
+    Attributes:
+        epoch: full passes done.
+        steps_per_epoch: batches of one pass, the same number on all processes; None for a stream.
+    """
+
+    epoch: int
+
+    @property
+    def steps_per_epoch(self) -> int | None: ...
+    def __iter__(self) -> Iterator[Batch]:
+        """The rest of the current epoch; at its end ``epoch`` grows by one."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON data that says what was yielded so far (not what was read ahead)."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None:
+        """Go on from where `state_dict` was."""
+        ...
+
+
+class Callback:
+    """What happens beside training. Every process calls it; it cannot disturb the run's random numbers."""
+
+    def on_step_end(self, trainer: Trainer, step: int) -> None:
+        """After each step."""
+
+    def on_eval(self, trainer: Trainer, step: int) -> Mapping[str, float] | None:
+        """Every ``eval_every`` steps and after the last, in eval mode; what it returns goes to metrics.jsonl."""
+
+    def on_save(self, trainer: Trainer, folder: Path) -> None:
+        """After each checkpoint, with the checkpoint's folder."""
+
+    def on_fit_end(self, trainer: Trainer, summary: Mapping[str, Any]) -> None:
+        """After the last step and the last checkpoint."""

@@ -1,0 +1,120 @@
+"""``metrics.jsonl``: one line every few steps, without stopping the device in between."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from mmrep.training.checkpoint import Packet
+
+
+class MetricsLog:
+    """Means over the steps since the last line, summed on the device and read once a line.
+
+    All processes add; the first one writes. The sums are part of the state, so that a run resumed between two lines
+    writes the same lines as one that was never stopped.
+
+    Args:
+        path: the file, appended to; None = keep the last line only.
+        main: whether this process writes.
+    """
+
+    def __init__(self, path: Path | None, *, main: bool = True) -> None:
+        self.path = path if main else None
+        self.last: dict[str, Any] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._samples = 0
+
+    def add(self, values: Mapping[str, Tensor], samples: int) -> None:
+        """Add one step's scalars (0-D or one element, any device) and the number of samples it saw here."""
+        self._samples += samples
+        for name, value in values.items():
+            value = value.detach().reshape(()).float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def flush(self, step: int, now: Mapping[str, Any], elapsed: float) -> dict[str, Any]:
+        """Write the line of ``step`` and start the next window. All processes must call it.
+
+        Args:
+            step: steps taken.
+            now: values of this moment (epoch, learning rate), of the first process.
+            elapsed: seconds since the last line, for the speed.
+
+        Returns:
+            The line: ``step``, ``now``, the means over steps and processes, ``samples`` of all processes since the
+            last line, and ``samples_per_second``.
+        """
+        names = list(self._sums)
+        sums = torch.stack([self._sums[n] for n in names]).tolist() if names else []
+        parts = gather_object([{"samples": self._samples, "sums": dict(zip(names, sums, strict=True)),
+                                "counts": self._counts}])  # fmt: skip
+        means: dict[str, float] = {}
+        for name in dict.fromkeys(n for part in parts for n in part["sums"]):
+            count = sum(part["counts"].get(name, 0) for part in parts)
+            means[name] = sum(part["sums"].get(name, 0.0) for part in parts) / count
+        self._sums, self._counts, self._samples = {}, {}, 0
+        samples = sum(part["samples"] for part in parts)
+        speed = samples / max(elapsed, 1e-9)
+        return self.write({"step": step, **now, **means, "samples": samples, "samples_per_second": speed})
+
+    def write(self, line: Mapping[str, Any]) -> dict[str, Any]:
+        """Append one line as it is, such as an evaluation's; it must have a ``step``."""
+        self.last = dict(line)
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(_finite(line)) + "\n")
+        return self.last
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after ``step``, and one that a kill left incomplete."""
+        if self.path is None or not self.path.exists():
+            return
+        kept = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        draft = self.path.with_name(self.path.name + ".tmp")
+        with draft.open("w", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in kept)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(self.path)
+
+    def state(self) -> Packet:
+        """The open window of this process."""
+        return Packet(self._sums, {"counts": self._counts, "samples": self._samples})
+
+    def load_state(self, packet: Packet, device: torch.device) -> None:
+        """Go on in the window that `state` saw."""
+        self._sums = {name: value.to(device) for name, value in packet.tensors.items()}
+        self._counts, self._samples = dict(packet.data["counts"]), packet.data["samples"]
+
+
+def temperatures(module: nn.Module) -> dict[str, float]:
+    """``exp(log_scale)`` of every part that has a parameter ``log_scale``, as ``scale/<name of the part>``."""
+    found: dict[str, float] = {}
+    for name, part in module.named_modules():
+        log_scale = part._parameters.get("log_scale")
+        if log_scale is not None:
+            whole = log_scale.full_tensor() if hasattr(log_scale, "full_tensor") else log_scale
+            found[f"scale/{name.rpartition('.')[2]}"] = whole.detach().float().exp().mean().item()
+    return found
+
+
+def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN and no infinity: they become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,36 @@
+"""A progress bar, where somebody is looking."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar on the first process's terminal; silent elsewhere (log files, pipes, other processes).
+
+    Args:
+        total: steps of the run, None if unknown.
+        done: steps already taken, after a resume.
+        main: whether this process may draw.
+    """
+
+    def __init__(self, total: int | None, *, done: int = 0, main: bool = True) -> None:
+        silent = not (main and sys.stderr.isatty())
+        self._bar = tqdm(total=total, initial=done, disable=silent, unit="step", dynamic_ncols=True, leave=True)
+
+    def advance(self) -> None:
+        """One more step."""
+        self._bar.update()
+
+    def show(self, line: Mapping[str, Any]) -> None:
+        """Show the loss and the speed of the last metrics line."""
+        names = {"loss": "loss", "samples_per_second": "samples/s"}
+        self._bar.set_postfix({label: f"{line[key]:.4g}" for key, label in names.items() if key in line})
+
+    def close(self) -> None:
+        """Leave the finished bar on the screen."""
+        self._bar.close()

@@ -1,0 +1,71 @@
+"""The contract of a view: one randomised reading of a field.
+
+A view may act on one decoded sample in a loader worker (`View.sample`), on a whole collated batch on the device
+(`View.batch`), or both. All randomness derives from one integer seed a sample, so a reading does not depend on batch
+composition, number of workers or number of processes, and can be replayed exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mmrep.tokens import Inputs
+
+Params = dict[str, Tensor]
+"""The parameters of the transforms that made a view; the batch first."""
+
+
+class View:
+    """A random reading. The base class reads as it is.
+
+    Attributes:
+        role: what the reading is for: ``"global"``, ``"local"``, ``"context"``, ``"target"`` or ``"corrupt"``.
+    """
+
+    Config: ClassVar[type]
+    role: str = "global"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def sample(self, decoded: Any, seed: int) -> Any:
+        """Transform one decoded raw value; called by ``Encoder.prepare``. The default changes nothing."""
+        return decoded
+
+    def batch(self, inputs: Inputs, seeds: Tensor) -> tuple[Inputs, Params]:
+        """Transform collated inputs on their device.
+
+        Args:
+            inputs: what ``Encoder.collate`` returned, B samples.
+            seeds: int64 [B], one a sample.
+
+        Returns:
+            The new inputs, and the parameters of the transform, each tensor with the batch first.
+        """
+        return inputs, {}
+
+
+def uniform(seeds: Tensor, n: int, stream: int = 0) -> Tensor:
+    """Counter-based random numbers: float32 [B, n] in [0, 1), a pure function of each sample's seed.
+
+    The mixing function is splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
+
+    Args:
+        seeds: int64 [B].
+        n: how many numbers per sample.
+        stream: separates independent uses of one seed.
+    """
+    steps = torch.arange(1, n + 1, device=seeds.device, dtype=torch.long) + stream * 1_000_003
+    z = seeds[:, None] + steps * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit integer
+    z = (z ^ _shift(z, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    z = (z ^ _shift(z, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    z = z ^ _shift(z, 31)
+    return _shift(z, 40).to(torch.float32) / (1 << 24)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of signed 64-bit integers (torch's shift carries the sign down)."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)

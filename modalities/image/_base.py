@@ -1,0 +1,150 @@
+"""What every image encoder shares: reading, resizing and normalising a picture, and example pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from mmrep.config import config
+from mmrep.encoder import BadSampleError, Encoder
+from mmrep.modalities.image.decode import MAX_PIXELS, decode
+from mmrep.tokens import Inputs
+from mmrep.views import View
+
+Triple = tuple[float, float, float]
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@config
+class Preprocess:
+    """How a decoded picture becomes the network's input. It is part of the encoder and saved with it.
+
+    size: side of the square input, in pixels. resize: "crop" scales the shorter side to ``size / crop_share`` and cuts
+    the centre (CLIP, ImageNet); "squash" scales both sides and distorts (SigLIP). crop_share: share of the side that
+    the centre crop keeps. interpolation: always with anti-aliasing. mean, std: per channel, of pixels in 0..1; the
+    default maps to -1..1 and presumes no data set. background: colour behind transparency, 0..255. max_pixels: larger
+    pictures are refused unread. fast_resize: shrink big pictures roughly (in the JPEG decoder, by box averages) to at
+    least twice the size before the exact resize: up to twice as fast, off by a grey level or so.
+    """
+
+    size: Annotated[int, Field(ge=1)] = 32
+    resize: Literal["crop", "squash"] = "crop"
+    crop_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    mean: Triple = (0.5, 0.5, 0.5)
+    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.5, 0.5, 0.5)
+    background: tuple[int, int, int] = (255, 255, 255)
+    max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
+    fast_resize: bool = True
+
+
+def fit_square(image: Image.Image, how: Preprocess) -> Image.Image:
+    """Resize ``image`` to a square of ``how.size``; an image of that size comes back as it is.
+
+    Roundings are torchvision's (``Resize``, then ``CenterCrop``), so that pretrained encoders see what they were
+    trained on.
+
+    Raises:
+        BadSampleError: it is so long and thin that the resized picture would exceed ``how.max_pixels``.
+    """
+    side = math.floor(how.size / how.crop_share)
+    if how.resize == "squash":
+        width = height = side
+    else:
+        short = min(image.size)
+        width, height = (side if edge == short else int(side * edge / short) for edge in image.size)
+    if width * height > how.max_pixels:
+        raise BadSampleError("extreme shape", f"{image.size} pixels, which resized to {side} on the shorter side is too large")
+    if (width, height) != image.size:
+        gap = 2.0 if how.fast_resize else None
+        image = image.resize((width, height), _FILTERS[how.interpolation], reducing_gap=gap)
+    if (width, height) == (how.size, how.size):
+        return image
+    left, top = (int(round((edge - how.size) / 2.0)) for edge in (width, height))
+    return image.crop((left, top, left + how.size, top + how.size))
+
+
+class ImageEncoder(Encoder):
+    """Reads pictures; subclasses add ``tokenize`` and ``encode``.
+
+    `prepare` gives ``{"pixels": uint8 [3, size, size]}``. A batch view may replace that by floats in 0..1, of another
+    size too; `normalize` takes both, on the device.
+
+    Args:
+        config: the encoder's config.
+        files: see `Encoder`.
+        preprocess: the preprocessing; may be the config itself.
+    """
+
+    modality = "image"
+
+    def __init__(self, config: Any, files: Path | None = None, *, preprocess: Preprocess) -> None:
+        super().__init__(config, files)
+        self.preprocess = preprocess
+        # Not in the state: they belong to the config, and a checkpoint that disagreed with it would win silently.
+        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
+        self.mean: Tensor
+        self.std: Tensor
+
+    def prepare(self, raw: Any, *, view: View | None = None, seed: int = 0) -> Inputs:
+        """One picture to ``{"pixels": uint8 [3, size, size]}``; see `decode` for what a picture may be.
+
+        Raises:
+            BadSampleError: the picture cannot be read.
+        """
+        how = self.preprocess
+        # A view that looks at the decoded picture gets all of it; otherwise twice the final size is enough.
+        looks = view is not None and type(view).sample is not View.sample
+        at_least = 2 * math.floor(how.size / how.crop_share) if how.fast_resize and not looks else None
+        image = decode(raw, background=how.background, max_pixels=how.max_pixels, at_least=at_least)
+        if view is not None:
+            image = view.sample(image, seed)
+        pixels = np.array(fit_square(image, how))
+        return {"pixels": torch.from_numpy(pixels).permute(2, 0, 1).contiguous()}
+
+    def normalize(self, pixels: Tensor) -> Tensor:
+        """Uint8 [B, 3, H, W], or float in 0..1, to standardised floats in the dtype of the weights."""
+        scaled = pixels.to(self.mean.dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(self.mean.dtype)
+        return (scaled - self.mean) / self.std
+
+    def examples(self, n: int, seed: int) -> list[Any]:
+        """Pictures of odd sizes and several kinds: RGB, grey, RGBA, 16-bit grey array, palette, float tensor."""
+        return [_EXAMPLES[i % len(_EXAMPLES)](_pattern(37 + 11 * (i % 3), 29 + 7 * (i % 5), seed * 31 + i)) for i in range(n)]
+
+
+def _pattern(width: int, height: int, seed: int) -> np.ndarray:
+    """A smooth picture, uint8 [height, width, 4], by integer arithmetic alone: the same on every machine."""
+    y, x = np.mgrid[:height, :width].astype(np.int64)
+    waves = []
+    for channel in range(4):
+        step = 3 + (seed * 5 + channel * 7) % 11
+        phase = (seed * 97 + channel * 61) % 512
+        ramp = (x * step + y * (14 - step) + phase) % 512
+        waves.append(np.where(ramp < 256, ramp, 511 - ramp))
+    disc = (2 * x - width) ** 2 + (2 * y - height) ** 2 < (min(width, height) * (3 + seed % 4) // 8) ** 2
+    waves[seed % 3] = np.where(disc, 255 - waves[seed % 3], waves[seed % 3])
+    return np.stack(waves, -1).astype(np.uint8)
+
+
+_EXAMPLES: tuple[Callable[[np.ndarray], Any], ...] = (
+    lambda p: Image.fromarray(p[:, :, :3]),
+    lambda p: Image.fromarray(p[:, :, 0]),
+    lambda p: Image.fromarray(p),
+    lambda p: p[:, :, 1].astype(np.uint16) * 257,
+    lambda p: Image.fromarray(p[:, :, :3]).quantize(16),
+    lambda p: torch.from_numpy(p[:, :, :3].copy()).permute(2, 0, 1).float() / 255,
+)

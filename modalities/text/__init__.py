@@ -1,0 +1,1 @@
+"""Text: encoders and views. README.md in this folder lists them."""

@@ -1,0 +1,163 @@
+"""Any Hugging Face text model: encoders (BERT, MiniLM, …), decoders (Qwen, …), T5, and the text part of CLIP and SigLIP."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from mmrep.config import config
+from mmrep.modalities.text._base import TextEncoder, grid, last_special
+from mmrep.modalities.text._hf_load import FULL_LENGTH, load, locate, max_length, rebuild, without_pooler
+from mmrep.tokens import Encoding, Grid, Inputs, Tokens
+
+
+@config
+class HFTextConfig:
+    """path: a folder, a hub id, or `package:name/folder` for a folder inside an installed Python package.
+
+    revision: hub branch, tag or commit. local_files_only: never touch the network. max_length: tokens at most, None =
+    what the model allows. prompt: put in front of every text, such as "query: ". pad: to the longest text of the batch
+    or to max_length; SigLIP, which reads its padding, is padded to max_length in any case. projection: go through the
+    projection into the joint space that a CLIP or SigLIP checkpoint has. pooler: keep the pooling layer of BERT-like
+    models, for pool `native`; without it that layer would get no gradient.
+    """
+
+    path: str
+    revision: str | None = None
+    local_files_only: bool = False
+    max_length: Annotated[int, Field(ge=1)] | None = None
+    prompt: str = ""
+    pad: Literal["longest", "max_length"] = "longest"
+    projection: bool = True
+    pooler: bool = False
+
+
+class HFText(TextEncoder):
+    """A Hugging Face text model, its tokenizer included.
+
+    Choose the pool at the tower: ``mean`` for sentence-transformers models, ``cls`` or ``last`` where the model card
+    says so, ``eos`` or ``native`` for CLIP, ``native`` for SigLIP. Padding is on the right whatever the tokenizer's
+    own side is, and is told by the mask, never by the padding id.
+
+    `forward` calls the model with ids, exactly as transformers users do. `tokenize` gives the input embeddings,
+    *without* positions, which the model adds inside `encode`; so tokens cannot be dropped. A projection is linear
+    and is applied to every token, which commutes with the pools; where it changes the width, ``"layers"`` is not
+    supported.
+    """
+
+    Config = HFTextConfig
+    supports = frozenset({"tokens", "layers"})
+
+    def __init__(self, config: HFTextConfig, files: Path | None = None) -> None:
+        super().__init__(config, files)
+        from transformers import AutoTokenizer
+
+        missing: set[str] = set()
+        options: dict[str, Any] = {"local_files_only": True}
+        if files is not None and (files / "config.json").is_file():
+            source = str(files)
+            self.model, self.hf_config = rebuild(files, projection=config.projection)
+        else:
+            source = locate(config.path)
+            options = {"revision": config.revision, "local_files_only": config.local_files_only}
+            self.model, self.hf_config, missing = load(source, projection=config.projection, **options)
+        if not config.pooler:
+            without_pooler(self.model)
+        elif missing:
+            raise ValueError(f"path {config.path!r}: pooler is asked for, but the checkpoint has no values for it")
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+        self.pad_id = next((n for n in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if n is not None), 0)
+        self.full_length = self.hf_config.model_type in FULL_LENGTH
+        self.max_length = self._max_length()
+        self.depth = self.hf_config.num_hidden_layers
+        hidden = self.hf_config.hidden_size
+        self.width = getattr(self._projection, "out_features", hidden)
+        if self.width != hidden:
+            self.supports = self.supports - {"layers"}
+        parameters = inspect.signature(self.model.forward).parameters
+        self._takes_embeddings = "inputs_embeds" in parameters
+
+    @property
+    def _projection(self) -> torch.nn.Module | None:
+        """The linear map into the checkpoint's joint space: CLIP's text_projection, SigLIP's head."""
+        inner = getattr(self.model, "text_model", self.model)
+        return getattr(self.model, "text_projection", None) or (getattr(inner, "head", None) if self.full_length else None)
+
+    def _max_length(self) -> int:
+        limit = max_length(self.model, self.hf_config, self.tokenizer)
+        asked = self.config.max_length
+        if asked is None:
+            return limit
+        if asked > limit or (self.full_length and asked != limit):
+            rule = "exactly" if self.full_length else "at most"
+            raise ValueError(f"max_length={asked}: {self.config.path!r} reads {rule} {limit} tokens")
+        return asked
+
+    def token_ids(self, text: str) -> tuple[list[int], list[bool]]:
+        """The tokenizer's ids; truncation keeps the special tokens at both ends."""
+        coded = self.tokenizer(
+            self.config.prompt + text, truncation=True, max_length=self.max_length, return_special_tokens_mask=True
+        )
+        return list(coded["input_ids"]), [bool(mark) for mark in coded["special_tokens_mask"]]
+
+    def collate(self, items: Sequence[Inputs]) -> Inputs:
+        """Pad on the right; see the config's ``pad``. SigLIP's padding counts as tokens: it is ``valid``."""
+        if self.full_length or self.config.pad == "max_length":
+            inputs = self.pad(items, self.max_length)
+            return {**inputs, "valid": torch.ones_like(inputs["valid"])} if self.full_length else inputs
+        return super().collate(items)
+
+    def tokenize(self, inputs: Inputs) -> Tokens:
+        """``ids`` [B, L] to input embeddings [B, L, D]; the model adds positions itself."""
+        return Tokens(self._embedding(inputs["ids"]), grid(inputs))
+
+    def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
+        """Run the model on input embeddings; see `Encoder.encode`."""
+        self.check_request(keep, layers)
+        if self._takes_embeddings:
+            return self._run(tokens.grid, layers, inputs_embeds=tokens.values)
+        # CLIP and SigLIP take ids only: give them stand-ins, and the real embeddings where they look the ids up.
+        handle = self._embedding.register_forward_hook(lambda *_: tokens.values)
+        try:
+            return self._run(tokens.grid, layers, input_ids=self._stand_ins(tokens.grid))
+        finally:
+            handle.remove()
+
+    def forward(self, inputs: Inputs) -> Encoding:
+        """Run the model on ids."""
+        return self._run(grid(inputs), (), input_ids=inputs["ids"])
+
+    def _run(self, where: Grid, layers: Sequence[int], **values: Tensor) -> Encoding:
+        mask = None if self.full_length else where.valid.long()
+        out = self.model(attention_mask=mask, output_hidden_states=bool(layers), return_dict=True, **values)
+        hidden, pooled = out.last_hidden_state, getattr(out, "text_embeds", None)
+        if pooled is None:
+            pooled = getattr(out, "pooler_output", None)
+        if self._projection is not None:
+            hidden = self._projection(hidden)
+        picked = tuple(out.hidden_states[n] for n in layers) if layers else ()
+        return Encoding(Tokens(hidden, where), pooled, picked)
+
+    @property
+    def _embedding(self) -> torch.nn.Module:
+        return self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+
+    def _stand_ins(self, where: Grid) -> Tensor:
+        """Ids [B, L] in which CLIP's search for the end token finds the right place."""
+        end = getattr(self.hf_config, "eos_token_id", None) or 0
+        ids = torch.full_like(where.valid, 0 if end else 1, dtype=torch.long)
+        return ids.scatter(1, last_special(where.valid, where.special)[:, None], end)
+
+    def save_files(self, folder: Path) -> None:
+        """Write the tokenizer and the model's own config.json, without the path that it came from."""
+        self.tokenizer.save_pretrained(folder)
+        clean = copy.deepcopy(self.hf_config)
+        clean._name_or_path = ""
+        clean.save_pretrained(folder)
