@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mmrep.embed.index import Index as Index
     from mmrep.encoder import BadSampleError as BadSampleError
     from mmrep.encoder import Encoder as Encoder
+    from mmrep.embed.search import open_search as open_search
     from mmrep.hub.folder import load as load
     from mmrep.model import Model as Model
     from mmrep.model import ModelConfig as ModelConfig
@@ -30,6 +31,7 @@ _PUBLIC = {
     "ModelConfig": "mmrep.model",
     "Run": "mmrep.run",
     "load": "mmrep.hub.folder",
+    "open_search": "mmrep.embed.search",
     "open_run": "mmrep.run",
     "read_recipe": "mmrep.recipe",
     "recipe_names": "mmrep.recipe",

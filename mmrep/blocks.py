@@ -96,9 +96,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attention = Attention(width, heads, dropout)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width)
-        )
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Dropout(dropout), nn.Linear(hidden, width))
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.scale2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.dropout = nn.Dropout(dropout)
@@ -190,10 +188,10 @@ class Transformer(nn.Module):
             return (valid | ~valid.any(1, keepdim=True))[:, None, None, :]
         if valid is None and order is None:
             return None
-        if order is None:
-            assert valid is not None
-            order = torch.arange(N, device=valid.device)[None]
-        earlier = order[:, :, None] >= order[:, None, :]
+        given = order if order is not None else valid
+        assert given is not None
+        places = torch.arange(N, device=given.device)[None] if order is None else order
+        earlier = places[:, :, None] >= places[:, None, :]
         if valid is not None:
             # Each token sees itself, valid or not, so that no row is empty.
             earlier = (earlier & valid[:, None, :]) | torch.eye(N, dtype=torch.bool, device=valid.device)

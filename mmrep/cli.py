@@ -93,11 +93,12 @@ def index(
     source: Annotated[str | None, typer.Option(help="Which held-out source of the run; default all.")] = None,
 ) -> None:
     """Embed a folder of files, or a run's data, into a searchable index on disk."""
+    from mmrep.config import ConfigError
     from mmrep.embed.search import index_folder, index_run
 
     is_run = (data / "config.yaml").is_file()
     if not is_run and model is None:
-        raise typer.BadParameter(f"{data} is no run folder: say which model embeds its files with --model")
+        raise ConfigError([f"{data} is no run folder: say which model embeds its files with --model"])
     target = out or data / "index"
     if is_run:
         report = index_run(data, target, modality=modality, source=source, model=model)
@@ -161,11 +162,12 @@ def cp(
 ) -> None:
     """Copy a recipe to a place where you can edit it."""
     from mmrep._recipe_files import recipe_text
+    from mmrep.config import ConfigError
 
     text = recipe_text(recipe)
     target = to / f"{recipe}.yaml" if to.is_dir() else to
     if target.exists():
-        raise typer.BadParameter(f"{target} exists already; it is not overwritten")
+        raise ConfigError([f"{target} exists already; it is not overwritten"])
     target.write_text(text, encoding="utf-8")
     typer.echo(str(target))
 
@@ -211,12 +213,8 @@ def main() -> None:
 
 def _is_for_people(error: Exception) -> bool:
     """Whether the message alone helps the user; a traceback is kept for everything unexpected."""
-    import click
-
-    if isinstance(error, click.ClickException):
-        return True
     modules = ("mmrep.config", "mmrep.registry", "mmrep.encoder", "mmrep.hub", "mmrep.training.errors", "mmrep.embed", "mmrep.data")
-    return type(error).__module__.startswith(modules)
+    return type(error).__module__.startswith(modules) or hasattr(error, "format_message")  # the latter: of the shell itself
 
 
 def _message(error: Exception) -> str:

@@ -148,6 +148,8 @@ def merge(base: Any, changes: Any) -> Any:
     A mapping whose ``type`` differs from the base's replaces it whole, since the old component's fields mean nothing
     to the new one.
     """
+    if isinstance(base, str) and isinstance(changes, Mapping) and "type" not in changes:
+        base = {"type": base}  # a component written as its bare name
     if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
         return changes
     old, new = cast("Mapping[str, Any]", base), cast("Mapping[str, Any]", changes)
@@ -178,6 +180,8 @@ def _assign(node: Any, keys: list[int | str], value: Any, path: str) -> Any:
         if not isinstance(key, int) or key >= len(items):
             raise ConfigError([f"{path}: {key!r} is not an index of a list of {len(items)}"])
         return [_assign(item, rest, value, path) if i == key else item for i, item in enumerate(items)]
+    if isinstance(node, str) and isinstance(key, str):
+        node = {"type": node}  # a component written as its bare name
     if node is None or isinstance(node, Mapping):
         mapping = cast("Mapping[Any, Any]", node or {})
         changed = _assign(mapping.get(key), rest, value, path)

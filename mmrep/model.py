@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -78,9 +79,9 @@ class Temperature(nn.Module):
         super().__init__()
         self.config = config
         # [1] rather than 0-D: FSDP2 shards dimension 0.
-        self.log_scale = nn.Parameter(torch.tensor([config.scale]).log(), requires_grad=config.learned)
-        self.bias = None if config.bias is None else nn.Parameter(torch.tensor([config.bias]), requires_grad=config.learned)
-        self._widest = config.scale
+        self.log_scale = nn.Parameter(_fp32(config.scale).log(), requires_grad=config.learned)
+        self.bias = None if config.bias is None else nn.Parameter(_fp32(config.bias), requires_grad=config.learned)
+        self._start = config.scale
 
     @property
     def scale(self) -> Tensor:
@@ -90,18 +91,15 @@ class Temperature(nn.Module):
     @torch.no_grad()
     def clamp_(self) -> None:
         """Apply the bounds. Called after each optimizer step; never inside forward, where it would kill the gradient."""
-        lowest = min(self.config.min_scale, self._narrowest())
-        highest = None if self.config.max_scale is None else max(self.config.max_scale, self._widest)
-        self.log_scale.clamp_(torch.tensor(lowest).log().item(), None if highest is None else torch.tensor(highest).log().item())
-
-    def _narrowest(self) -> float:
-        return min(self.config.scale, self._widest)
+        lowest = min(self.config.min_scale, self._start)
+        highest = None if self.config.max_scale is None else max(self.config.max_scale, self._start)
+        self.log_scale.clamp_(math.log(lowest), None if highest is None else math.log(highest))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         key = prefix + "log_scale"
         if key in state_dict:  # older files hold a 0-D scale
             state_dict[key] = state_dict[key].reshape(1)
-            self._widest = float(state_dict[key].float().exp())
+            self._start = float(state_dict[key].float().exp())
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Temperature:
@@ -268,6 +266,10 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         from mmrep.hub.card import model_card
 
         return model_card(self, **kwargs)
+
+
+def _fp32(value: float) -> Tensor:
+    return torch.tensor([value], dtype=torch.float32)
 
 
 def parameter_counts(model: Model) -> Mapping[str, tuple[int, int]]:

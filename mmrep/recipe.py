@@ -50,7 +50,8 @@ class DataConfig:
 class Recipe:
     """The resolved recipe.
 
-    about: one line on what it is. evaluations: what is measured at the end, by name.
+    about: one line on what it is. evaluations: what is measured at the end, by name. monitor: which of them also run
+    every ``train.eval_every`` steps; they should read validation data, never the test.
     """
 
     data: DataConfig
@@ -59,6 +60,7 @@ class Recipe:
     train: TrainConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluations: Annotated[dict[str, Component], Of("evaluations")] = field(default_factory=dict)
+    monitor: list[str] = field(default_factory=list)
     about: str = ""
 
     def __post_init__(self) -> None:
@@ -74,6 +76,10 @@ class Recipe:
             if column not in self.data.fields:
                 problems.append(f"data.views.{column}: unknown field{near(column, self.data.fields)} "
                                 f"Fields: {', '.join(self.data.fields)}")
+        for name in self.monitor:
+            if name not in self.evaluations:
+                problems.append(f"monitor: unknown {name!r}{near(name, self.evaluations)} "
+                                f"Evaluations: {', '.join(self.evaluations)}")
         for name, chosen in self.evaluations.items():
             source = getattr(chosen.config, "data", None)
             if source is not None and source not in self.data.evaluation:

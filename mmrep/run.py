@@ -32,7 +32,8 @@ from mmrep.model import Model
 from mmrep.objectives.root import Root
 from mmrep.recipe import SMOKE_SAMPLES, Recipe, read_recipe, recipe_json, write_recipe
 from mmrep.registry import near
-from mmrep.training.collectives import barrier, world
+from mmrep.training.collectives import world
+from mmrep.training.engine import barrier, start_processes
 from mmrep.training.trainer import Callback, Trainer
 from mmrep.views.view import View
 
@@ -115,7 +116,9 @@ class Run:
             ConfigError: the folder holds another recipe's run.
         """
         assert self.folder is not None, "training writes a run folder"
-        recipe, here = self.recipe, world()
+        recipe = self.recipe
+        start_processes()
+        here = world()
         if here.rank == 0:
             self._claim(resume)
         barrier()
@@ -123,10 +126,12 @@ class Run:
         views: dict[str, list[View | None]] = {f: [v.build() for v in vs] for f, vs in recipe.data.views.items()}
         root = Root(model, recipe.objectives, fields=recipe.data.fields, views=views)
         loader = self._loader(model, views, rank=here.rank, size=here.size)
-        quarantine = Quarantine(self.folder if here.rank == 0 else None, limit=recipe.data.max_bad)
+        # A small set is judged after its first pass, a large one after a thousand samples.
+        enough = 1000 if self.train_source.streaming else min(1000, len(self.train_source) // here.size)
+        quarantine = Quarantine(self.folder, limit=recipe.data.max_bad, minimum=enough, processes=here.size)
         trainer = Trainer(
             root, loader, train=recipe.train, optim=recipe.optim, folder=self.folder,
-            on_quarantined=quarantine.add, callbacks=[Monitor(self, model)] if recipe.train.monitor else [],
+            on_quarantined=quarantine.add, callbacks=[Monitor(self, model)] if recipe.monitor else [],
         )  # fmt: skip
         trainer.fit(resume=resume)
         results: Results = {}
@@ -244,15 +249,17 @@ class Run:
 
 
 class Monitor(Callback):
-    """Runs the evaluations named in ``train.monitor`` every ``train.eval_every`` steps and logs their figures."""
+    """Runs the evaluations named in ``monitor`` every ``train.eval_every`` steps and logs their figures."""
 
     def __init__(self, run: Run, model: Model) -> None:
         self.run = run
         self.model = model
 
-    def on_eval(self, trainer: Trainer) -> dict[str, float]:
-        """Figures by name, ``eval/<evaluation>/<direction>/<figure>``."""
-        results = self.run.evaluate(list(self.run.recipe.train.monitor), self.model)
+    def on_eval(self, trainer: Trainer, step: int) -> dict[str, float] | None:
+        """Figures by name, ``eval/<evaluation>/<direction>/<figure>``; on the first process only."""
+        if not trainer.is_main:
+            return None
+        results = self.run.evaluate(self.run.recipe.monitor, self.model)
         return {
             "/".join(filter(None, ("eval", name, row.get("direction"), key))): float(value)
             for name, result in results.items()

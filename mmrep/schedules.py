@@ -47,8 +47,8 @@ class Schedule:
         if total is None:
             if self.needs_total:
                 raise ValueError(
-                    f"a {self.shape} schedule with warmup={self.warmup:g} needs the length of the run, and this run has "
-                    "none: give the number of steps, or use shape=constant with a warm-up in whole steps"
+                    f"a {self.shape} schedule with warmup={self.warmup:g} needs the length of the run, and this run "
+                    "has none: give the number of steps, or use shape=constant with a warm-up in whole steps"
                 )
             total = step + 1
         warmup = self.warmup_steps(total)

@@ -132,7 +132,13 @@ def test_override_of_a_type_drops_the_old_components_fields():
     assert data["pool"] == {"type": "mean"}
 
 
-@pytest.mark.parametrize("bad", ["lr", "=3", "many[9].size=1", "lr.x=1"])
+def test_a_component_written_as_a_bare_name_takes_overrides_and_changes():
+    assert override({"pool": "attention"}, "pool.heads=2")["pool"] == {"type": "attention", "heads": 2}
+    assert merge({"pool": "attention"}, {"pool": {"heads": 2}})["pool"] == {"type": "attention", "heads": 2}
+    assert merge({"pool": "attention"}, {"pool": {"type": "mean"}})["pool"] == {"type": "mean"}
+
+
+@pytest.mark.parametrize("bad", ["lr", "=3", "many[9].size=1", "lr.x=1", "many.size=1"])
 def test_a_bad_override_is_refused(bad):
     with pytest.raises(ConfigError):
         override({"lr": 1, "many": []}, bad)

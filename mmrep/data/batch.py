@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -65,5 +64,3 @@ class Batch:
 
 def _pinned(inputs: Inputs) -> Inputs:
     return {key: value.pin_memory() for key, value in inputs.items()}
-
-

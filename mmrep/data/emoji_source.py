@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -43,7 +42,7 @@ class EmojiSource(Source):
     """
 
     Config = EmojiConfig
-    columns: Sequence[str] = ("image", "caption", "name", "artist", "family", "concept")
+    columns = ("image", "caption", "name", "artist", "family", "concept")
 
     def __init__(self, config: EmojiConfig) -> None:
         super().__init__(config)
@@ -53,7 +52,8 @@ class EmojiSource(Source):
         unknown = [code for code in config.languages if code not in known]
         if unknown:
             shown = ", ".join(sorted(known))
-            raise ConfigError([f"languages: no names in {c!r}{near(c, known) or '.'} There are: {shown}" for c in unknown])
+            problems = [f"languages: no names in {c!r}{near(c, known) or '.'} There are: {shown}" for c in unknown]
+            raise ConfigError(problems)
         if config.split != "all":
             parts = split_families(concepts, config.seed, validation=config.validation, test=config.test)
             concepts = parts[config.split]

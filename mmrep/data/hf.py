@@ -51,6 +51,7 @@ class HFDataset(Source):
             hint = f"; choose one of its splits: {', '.join(dataset)}" if isinstance(dataset, dict) else ""
             raise ConfigError([f"expected a datasets.Dataset or IterableDataset, got {type(dataset).__name__}{hint}"])
         self.streaming = isinstance(dataset, datasets.IterableDataset)
+        self._fingerprint = getattr(dataset, "_fingerprint", None)  # before the steps below change it
         if not self.streaming:
             dataset = dataset.with_format(None)
         features = dataset.features or {}
@@ -105,7 +106,7 @@ class HFDataset(Source):
 
     def fingerprint(self) -> str:
         """The fingerprint that ``datasets`` keeps, or what names a stream."""
-        return f"hf-dataset:{self.config}:{getattr(self._dataset, '_fingerprint', None)}"
+        return f"hf-dataset:{self.config}:{self._fingerprint}"
 
     def _sample(self, row: dict[str, Any], default_id: str) -> Sample:
         return self.make_sample({name: _content(value) for name, value in row.items()}, default_id)
@@ -137,9 +138,9 @@ def _load(config: HFDatasetConfig) -> Any:
 
 
 def _content(cell: Any) -> Any:
-    """The content of a media cell; a stream names remote files (``hf://…``, ``zip://…::https://…``) without reading them."""
-    remote = isinstance(cell, dict) and cell.keys() == {"bytes", "path"} and cell["bytes"] is None and "://" in str(cell["path"])
-    if not remote:
+    """The content of a media cell; a stream only names its remote files (``hf://…``, ``zip://…::https://…``)."""
+    is_media = isinstance(cell, dict) and cell.keys() == {"bytes", "path"}
+    if not is_media or cell["bytes"] is not None or "://" not in str(cell["path"]):
         return unwrap_media(cell)
     import fsspec
 

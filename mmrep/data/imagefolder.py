@@ -103,7 +103,8 @@ class ImageFolder(Source):
         if wanted is None:
             return found or None
         problems = [
-            f"classes: {name!r} is no folder of {self._root}{near(name, found) or '.'} It has: {', '.join(found) or 'none'}"
+            f"classes: {name!r} is no folder of {self._root}{near(name, found) or '.'} "
+            f"It has: {', '.join(found) or 'none'}"
             for name in wanted
             if name not in found
         ]
@@ -117,8 +118,9 @@ class ImageFolder(Source):
         for file in sorted(name for name in files if name.rsplit("/", 1)[-1] in METADATA):
             table = open_rows(self._root / file)
             if "file_name" not in table.columns:
-                raise ConfigError([f"{self._root / file}: needs a column 'file_name'{near('file_name', table.columns) or '.'} "
-                                   f"It has: {', '.join(table.columns)}"])  # fmt: skip
+                hint = near("file_name", table.columns) or "."
+                has = ", ".join(table.columns)
+                raise ConfigError([f"{self._root / file}: needs a column 'file_name'{hint} It has: {has}"])
             folder = file.rpartition("/")[0]
             for number in range(len(table)):
                 try:
@@ -131,7 +133,8 @@ class ImageFolder(Source):
                     continue
                 path = os.path.normpath(f"{folder}/{name}" if folder else name).replace(os.sep, "/")
                 if path in found:
-                    raise ConfigError([f"{self._root / file}: {name!r} has two rows; give it one, with a list of captions"])
+                    here = self._root / file
+                    raise ConfigError([f"{here}: {name!r} has two rows; give it one, with a list of captions"])
                 found[path] = row
         return found
 

@@ -8,9 +8,7 @@ decoding, what came before.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,13 +16,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmrep.config import ConfigError
 from mmrep.data.batch import Batch
+from mmrep.data.order import Order, Record
 from mmrep.data.reader import Item, Reader
 from mmrep.data.sample import Quarantined, Sample, stable_hash
 from mmrep.data.source import Source
 from mmrep.tokens import Inputs
-
-Record = int | Sample | Quarantined
-"""What a worker is told to read: the index of a record, or a record of a stream."""
 
 
 class BatchLoader:
@@ -71,52 +67,51 @@ class BatchLoader:
         buffer: int = 1000,
         pin_memory: bool = False,
     ) -> None:
-        if batch_size < world_size:
-            raise ConfigError([f"batch_size: {batch_size} samples cannot be divided among {world_size} processes"])
         if cache and (workers or source.streaming):
             why = "a stream is never read twice" if source.streaming else "each worker would fill a cache of its own"
             raise ConfigError([f"cache: needs a map-style source and workers=0, since {why}"])
         source.require_columns(reader.fields, "fields")
-        self.source = source
-        self.batch_size = batch_size
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.shuffle = shuffle
-        self.drop_last = drop_last
-        self.buffer = buffer
-        self.epoch = 0
-        self.position = 0
-        self.length = None if source.streaming else len(source)
-        if self.length is not None and drop_last and self.length < batch_size:
-            raise ConfigError([f"batch_size: one batch takes {batch_size} samples and the data has {self.length}; "
-                               f"lower batch_size to {self.length} or less"])  # fmt: skip
-        self._loader = DataLoader(
-            _Readings(source, reader, cache),
-            batch_sampler=_Plan(self),  # type: ignore[arg-type]
-            collate_fn=_Collate(reader, packed=workers > 0),
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            pin_memory=pin_memory,
+        self._order = Order(
+            source=source, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, shuffle=shuffle,
+            drop_last=drop_last, buffer=buffer,
+        )  # fmt: skip
+        self._options: dict[str, Any] = {
+            "dataset": _Readings(source, reader, cache),
+            "batch_sampler": self._order,
+            "collate_fn": _Collate(reader, packed=workers > 0),
+            "num_workers": workers,
+            "persistent_workers": workers > 0,
+            "pin_memory": pin_memory,
             # Its own, or every epoch would advance torch's global generator, and a resumed run would differ.
-            generator=torch.Generator().manual_seed(stable_hash(seed)),
-        )
+            "generator": torch.Generator().manual_seed(stable_hash(seed)),
+        }
+        # Nothing here may refer back to this object: in a cycle, the workers would take 5 seconds each to collect.
+        self._loader: DataLoader[Item | Quarantined] | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Full passes done."""
+        return self._order.epoch
+
+    @property
+    def position(self) -> int:
+        """Batches handed out of the current epoch."""
+        return self._order.position
 
     @property
     def steps_per_epoch(self) -> int | None:
         """Batches an epoch, the same for every process; None for a stream."""
-        if self.length is None:
-            return None
-        return self.length // self.batch_size if self.drop_last else -(-self.length // self.batch_size)
+        return self._order.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
         start = self.position
-        for batch in self._loader:
-            self.position += 1
+        loader = self._loader = DataLoader(**self._options) if self._loader is None else self._loader
+        for batch in loader:
+            self._order.position += 1
             yield _unpacked(batch)
         if self.position == 0:
-            raise ConfigError([f"batch_size: process {self.rank} found no full batch in its part of the stream; "
-                               f"it needs {self._local_size()} samples"])  # fmt: skip
+            raise ConfigError([f"batch_size: process {self._order.rank} found no full batch in its part of the stream; "
+                               f"it needs {self._order.local_size} samples"])  # fmt: skip
         nothing_was_left = self.position == start
         self.end_epoch()
         if nothing_was_left:
@@ -124,13 +119,15 @@ class BatchLoader:
 
     def end_epoch(self) -> None:
         """Go to the start of the next epoch, also if this process has batches left: when another one has none."""
-        self.epoch += 1
-        self.position = 0
+        self._order.end_epoch()
+
+    def close(self) -> None:
+        """Stop the workers; iterating again starts new ones."""
+        self._loader = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands: every batch handed out counts as done. The same on every process."""
-        state = {"epoch": self.epoch, "position": self.position, **self._identity()}
-        return state
+        return self._order.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where another loader of the same data stood.
@@ -139,58 +136,7 @@ class BatchLoader:
             ValueError: the order would be another: other data length, batch size or seed, or, for a stream, another
                 number of processes.
         """
-        words = {"length": "number of samples", "batch_size": "global batch size", "world_size": "number of processes"}
-        changed = [
-            f"the {words.get(key, key)} was {state.get(key)} and is {value}"
-            for key, value in self._identity().items()
-            if state.get(key) != value
-        ]
-        if changed:
-            raise ValueError(f"cannot resume in the same order of samples: {'; '.join(changed)}")
-        self.epoch, self.position = state["epoch"], state["position"]
-
-    def _identity(self) -> dict[str, Any]:
-        identity: dict[str, Any] = {
-            "seed": self.seed, "batch_size": self.batch_size, "length": self.length, "shuffle": self.shuffle,
-            "drop_last": self.drop_last,
-        }  # fmt: skip
-        return identity | ({"world_size": self.world_size, "buffer": self.buffer} if self.length is None else {})
-
-    def plan(self) -> Iterator[list[tuple[Record, int]]]:
-        """The records of each batch that is left of this epoch, with the epoch."""
-        epoch = self.epoch
-        batches = self._from_stream(epoch) if self.length is None else self._from_order(epoch)
-        for batch in batches:
-            yield [(record, epoch) for record in batch]
-
-    def _from_order(self, epoch: int) -> Iterator[Sequence[Record]]:
-        assert self.length is not None and self.steps_per_epoch is not None
-        order = torch.arange(self.length)
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(stable_hash(self.seed, epoch))
-            order = torch.randperm(self.length, generator=generator)
-        for step in range(self.position, self.steps_per_epoch):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield batch[share(len(batch), self.rank, self.world_size)].tolist()
-
-    def _from_stream(self, epoch: int) -> Iterator[Sequence[Record]]:
-        seed = stable_hash(self.seed, epoch) if self.shuffle else None
-        records: Iterator[Sample | Quarantined] = self.source.stream(self.rank, self.world_size, seed)
-        if seed is not None:
-            records = _shuffled(records, self.buffer, random.Random(stable_hash(seed, self.rank)))
-        size = self._local_size()
-        records = islice(records, self.position * size, None)
-        while batch := list(islice(records, size)):
-            if len(batch) == size or not self.drop_last:
-                yield batch
-
-    def _local_size(self) -> int:
-        return len(range(self.batch_size)[share(self.batch_size, self.rank, self.world_size)])
-
-
-def share(n: int, rank: int, world_size: int) -> slice:
-    """The contiguous slice of ``n`` things that belongs to ``rank``; sizes differ by at most one."""
-    return slice(rank * n // world_size, (rank + 1) * n // world_size)
+        self._order.load_state_dict(state)
 
 
 def evaluation_items(
@@ -220,16 +166,6 @@ def evaluation_batches(
     yield from loader
 
 
-class _Plan:
-    """The loader's plan, drawn anew for each epoch by torch's DataLoader."""
-
-    def __init__(self, loader: BatchLoader) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[list[tuple[Record, int]]]:
-        return self.loader.plan()
-
-
 class _Readings(Dataset[Item | Quarantined]):
     """Reads what the plan names; the part of the loader that runs in workers."""
 
@@ -249,8 +185,7 @@ class _Readings(Dataset[Item | Quarantined]):
             return self.reader.again(kept, epoch)
         item = self.reader.read(self.source.record(record), epoch, kept)
         if kept is None and isinstance(item, Item):
-            fixed = {field: inputs for field, inputs in item.inputs.items() if field in self.reader.fixed}
-            self.kept[record] = Item(item.id, item.label, item.group, item.seed, fixed, item.keys)
+            self.kept[record] = item.only(self.reader.fixed)
         return item
 
 
@@ -287,17 +222,3 @@ def _unpacked(batch: Batch) -> Batch:
         if any(isinstance(value, tuple) for item in items for value in item.values()):
             batch.items[field] = [_unpack(item) for item in items]
     return batch
-
-
-def _shuffled(records: Iterable[Any], buffer: int, generator: random.Random) -> Iterator[Any]:
-    """Draw from a window of ``buffer`` records that moves through the stream."""
-    held: list[Any] = []
-    for record in records:
-        if len(held) < buffer:
-            held.append(record)
-            continue
-        place = generator.randrange(buffer)
-        yield held[place]
-        held[place] = record
-    generator.shuffle(held)
-    yield from held

@@ -39,6 +39,11 @@ class Item:
     inputs: dict[str, list[Inputs]]
     keys: dict[str, bytes]
 
+    def only(self, fields: Collection[str]) -> Item:
+        """The item without its other fields."""
+        inputs, keys = ({f: v for f, v in part.items() if f in fields} for part in (self.inputs, self.keys))
+        return replace(self, inputs=inputs, keys=keys)
+
 
 class Reader:
     """Reads the fields of samples with their encoders.
@@ -49,12 +54,13 @@ class Reader:
     Args:
         encoders: per field (column), the encoder that reads it.
         views: per field, its views, None for the deterministic reading; a field without an entry has one of these.
-        memoised: fields whose prepared items are kept apart, with a content key, for a frozen encoder's memo.
+        memoised: fields whose prepared items are kept apart, with a content key, for a frozen encoder's memo. They
+            have one reading, and no view that acts on the device.
         seed: what all randomness derives from, with epoch, sample id, field and view.
         group: whether batches carry groups; the source says so for all ranks alike.
 
     Raises:
-        ValueError: a memoised field has views, or an entry names no field.
+        ValueError: a memoised field has several views or one that acts on the device, or an entry names no field.
     """
 
     def __init__(
@@ -69,14 +75,15 @@ class Reader:
         if unknown:
             raise ValueError(f"no field {', '.join(map(repr, sorted(unknown)))}; fields: {', '.join(encoders)}")
         self.encoders = dict(encoders)
-        self.views: dict[str, tuple[View | None, ...]] = {f: tuple((views or {}).get(f, ())) or (None,) for f in encoders}
+        given = views or {}
+        self.views = {f: tuple(given.get(f, ())) or (None,) for f in encoders}
         self.memoised = frozenset(memoised)
         self.seed = seed
         self.group = group
         for field in self.memoised:
-            if self.views[field] != (None,):
-                raise ValueError(f"field {field!r} is memoised, which needs its one deterministic reading; it has views")
-        self.fixed = frozenset(f for f, chosen in self.views.items() if all(v is None or _on_device(v) for v in chosen))
+            if len(self.views[field]) != 1 or _overrides(self.views[field][0], "batch"):
+                raise ValueError(f"field {field!r} is memoised: it must have one reading, and no view on the device")
+        self.fixed = frozenset(f for f, views in self.views.items() if not any(_overrides(v, "sample") for v in views))
         """Fields whose prepared items are the same in every epoch: no view acts on single samples."""
 
     @property
@@ -178,5 +185,5 @@ def failure(error: Exception, id: str, field: str) -> Quarantined:
     return Quarantined(id, field, cause, detail[:500])
 
 
-def _on_device(view: View) -> bool:
-    return type(view).sample is View.sample
+def _overrides(view: View | None, method: str) -> bool:
+    return view is not None and getattr(type(view), method) is not getattr(View, method)

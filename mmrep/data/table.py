@@ -72,11 +72,11 @@ class Table(Source):
         values = self._tables[number].row(row)
         folder = Path(self.config.root).expanduser() if self.config.root else self._files[number].parent
         cells = {name: unwrap_media(value, folder) for name, value in values.items()}
+        cells = {name: value for name, value in cells.items() if value not in ("", b"", [])}
         for name in self.config.paths:
             if isinstance(cells.get(name), str):
                 cells[name] = folder / cells[name]
-        present = {name: value for name, value in cells.items() if not (value in ("", b"") or value == [])}
-        return self.make_sample(present, f"{self._names[number]}:{row}")
+        return self.make_sample(cells, f"{self._names[number]}:{row}")
 
     def record_id(self, index: int) -> str:
         number, row = self._place(index)
@@ -119,9 +119,9 @@ class Rows:
 class _ArrowRows(Rows):
     """An Arrow table, and behind its rows the lines that could not be parsed."""
 
-    def __init__(self, table: Any, rejected: Sequence[str] = ()) -> None:
+    def __init__(self, table: Any, rejected: list[str] | None = None) -> None:
         self.table = table
-        self.rejected = rejected
+        self.rejected = rejected or []
         self.columns = table.column_names
 
     def __len__(self) -> int:
@@ -182,7 +182,8 @@ def open_rows(file: Path, format: Format | None = None) -> Rows:
     """
     format = format or SUFFIXES.get(file.suffix.lower())
     if format is None:
-        raise ConfigError([f"files: {file} has a suffix that says no format; set `format` to csv, tsv, jsonl or parquet"])
+        known = ", ".join(SUFFIXES)
+        raise ConfigError([f"files: {file} ends in none of {known}; set `format` to csv, tsv, jsonl or parquet"])
     if format == "jsonl":
         return _JsonRows(file)
     import pyarrow as pa
@@ -208,7 +209,8 @@ def _read_csv(file: Path, delimiter: str) -> Rows:
     rejected: list[str] = []
 
     def reject(row: Any) -> str:
-        rejected.append(f"line {row.number}: {row.actual_columns} cells for {row.expected_columns} columns: {row.text[:80]!r}")
+        counts = f"{row.actual_columns} cells for {row.expected_columns} columns"
+        rejected.append(f"line {row.number}: {counts}: {row.text[:80]!r}")
         return "skip"
 
     table = pyarrow.csv.read_csv(
@@ -234,7 +236,7 @@ def expand(patterns: Sequence[str], key: str) -> list[Path]:
     found: dict[Path, None] = {}
     for pattern in patterns:
         name = os.path.expanduser(pattern)
-        matches = [name] if os.path.isfile(name) else sorted(p for p in glob.glob(name, recursive=True) if os.path.isfile(p))
+        matches = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
         if not matches:
             folder = Path(name).parent
             if folder.is_dir():

@@ -128,7 +128,7 @@ def _files(shard: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
                 content = tar.extractfile(info) if info.isreg() else None
                 if content is not None:
                     yield {"fname": info.name, "data": content.read(), "__url__": str(shard)}
-                tar.members.clear()  # tarfile keeps every header it has seen
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
             if tar.fileobj is raw:
                 raw.seek(tar.offset)
                 if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -155,7 +155,7 @@ class Index:
         scores, rows = self._faiss.search(prepared, min(k, len(self)))
         return [
             # an approximate structure may find fewer than k and pads with row -1
-            [Hit(self._ids[r], float(s), json.loads(self._lines[r])) for s, r in zip(*pair, strict=True)]
+            [Hit(self._ids[r], float(s), json.loads(self._lines[r])) for s, r in zip(*pair, strict=True) if r >= 0]
             for pair in zip(scores, rows, strict=True)
         ]
 

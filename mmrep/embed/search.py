@@ -110,16 +110,18 @@ def open_search(where: Path | str) -> Searcher:
     """Open an index folder (or a folder that holds one as ``index``) with the model that made it.
 
     Raises:
-        ConfigError: there is no index.
-        ModelFolderError: the model has gone, or is no longer the one the index was made with.
+        ConfigError: there is no index, it is damaged, or its model has gone or changed since.
     """
     where = Path(where)
     folder = next((f for f in (where, where / INDEX) if (f / "meta.json").is_file()), None)
     if folder is None:
         raise ConfigError([f"{str(where)!r} holds no index; make one: mmrep index {where} --model …"])
-    index = Index.open(folder)
-    model = load(index.meta["model"])
-    index.check_model(fingerprint(model))
+    try:
+        index = Index.open(folder)
+        model = load(index.meta["model"])
+        index.check_model(fingerprint(model))
+    except ValueError as error:  # damaged files, or another model than the one that made it
+        raise ConfigError([f"{folder}: {error}"]) from error
     return Searcher(index, model)
 
 

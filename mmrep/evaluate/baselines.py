@@ -78,7 +78,8 @@ def _features(tower: Tower, values: list[object], batch_size: int = 64) -> torch
     tower.eval()
     items = [tower.encoder.prepare(value) for value in values]
     out = [
-        tower.features(tower.encoder.collate(items[i : i + batch_size])).float() for i in range(0, len(items), batch_size)
+        tower.features(tower.encoder.collate(items[i : i + batch_size])).float()
+        for i in range(0, len(items), batch_size)
     ]
     tower.train(was_training)
     return F.normalize(torch.cat(out), dim=1)

@@ -99,7 +99,8 @@ class ZeroShot(Evaluation):
         temperature = bench.model.temperatures[self.config.temperature]
         figures = zero_shot_metrics(
             encoded.embeddings[self.config.field], prompts, labels,
-            scale=float(temperature.scale), bias=None if temperature.bias is None else float(temperature.bias),
+            scale=temperature.scale.item(),
+            bias=None if temperature.bias is None else temperature.bias.item(),
         )  # fmt: skip
         return _beside_chance(figures)
 
@@ -147,7 +148,9 @@ def _labels(encoded: EncodedSet) -> tuple[np.ndarray, list[str]]:
     """Integer labels [n] and class names; labels given as names are numbered in sorted order."""
     raw = [s.label for s in encoded.samples]
     if any(label is None for label in raw):
-        raise ValueError(f"{sum(label is None for label in raw)} of {len(raw)} samples have no label; set the source's `label:`")
+        raise ValueError(
+            f"{sum(label is None for label in raw)} of {len(raw)} samples have no label; set the source's `label:`"
+        )
     if encoded.class_names is not None and all(isinstance(label, int) for label in raw):
         return np.array(raw), encoded.class_names
     names = encoded.class_names or sorted({str(label) for label in raw})
@@ -156,8 +159,13 @@ def _labels(encoded: EncodedSet) -> tuple[np.ndarray, list[str]]:
 
 def _split(bench: Bench, config: Any) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
     train, test = bench.encoded_train(), bench.encoded(config.data)
-    sides = [(e.embeddings[config.field][e.present[config.field]],
-              [str(s.label) for s, p in zip(e.samples, e.present[config.field], strict=True) if p]) for e in (train, test)]
+    sides = [
+        (
+            e.embeddings[config.field][e.present[config.field]],
+            [str(s.label) for s, p in zip(e.samples, e.present[config.field], strict=True) if p],
+        )
+        for e in (train, test)
+    ]
     return sides[0][0], sides[1][0], sides[0][1], sides[1][1]
 
 

@@ -1,20 +1,17 @@
-"""Row and column statistics of the matrix ``scale * queries @ keys.T``, which is never held: only one tile of it is.
+"""What the tiled losses share: the walk over tiles, their memory, and row-wise dot products.
 
-Products dominate the cost: n*m*D multiply-adds each. `tiled_logsumexp` takes one forward and three backward (the tile
-is recomputed, as in FlashAttention, arXiv:2205.14135); `tiled_sigmoid_sum` takes one, or three where gradients are
-wanted, because its derivative needs no statistic of the whole row and is accumulated during the forward pass.
+A tiled loss computes statistics of the matrix ``scale * queries @ keys.T`` without ever holding it: one tile is
+computed, reduced and overwritten. Products dominate the cost, n*m*D multiply-adds each, so the losses count them.
 Everything is computed in the dtype of the inputs, which the caller has made float32 or float64.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 Tile = tuple[int, int]
 
@@ -27,66 +24,17 @@ def default_tile(device: torch.device) -> Tile:
     return _CPU_TILE if device.type == "cpu" else _ACCELERATOR_TILE
 
 
-def tiled_logsumexp(
-    queries: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    *,
-    query_groups: Tensor | None = None,
-    key_groups: Tensor | None = None,
-    tile: Tile | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Log-sum-exp of every row and of every column of ``scale * queries @ keys.T``, from one product per tile.
-
-    Args:
-        queries: [n, D], float32 or float64; n may be 0.
-        keys: [m, D], the same dtype and device; m may be 0.
-        scale: 0-D, the same dtype.
-        query_groups: [n] integers. With ``key_groups``, a pair of equal group is left out of both sums.
-        key_groups: [m] integers.
-        tile: rows and columns of one tile; by default what suits the device.
-
-    Returns:
-        ``(rows [n], columns [m])``; -inf where nothing is summed. Differentiable once in queries, keys and scale; the
-        gradient of a -inf entry is zero.
-    """
-    return _LogSumExp.apply(queries, keys, scale, query_groups, key_groups, tile or default_tile(queries.device))
+def fit(tile: Tile, n: int, m: int) -> Tile:
+    """The tile, no larger than the matrix [n, m]."""
+    return min(tile[0], max(n, 1)), min(tile[1], max(m, 1))
 
 
-def tiled_sigmoid_sum(
-    queries: Tensor,
-    keys: Tensor,
-    scale: Tensor,
-    bias: Tensor,
-    query_groups: Tensor,
-    key_groups: Tensor,
-    *,
-    tile: Tile | None = None,
-) -> Tensor:
-    """Sum over all pairs of ``softplus(-z * (scale * q.k + bias))``, z = +1 for a pair of equal group, else -1.
-
-    Args:
-        queries: [n, D], float32 or float64; n may be 0.
-        keys: [m, D], the same dtype and device; m may be 0.
-        scale: 0-D, the same dtype.
-        bias: 0-D, the same dtype.
-        query_groups: [n] integers.
-        key_groups: [m] integers; one that equals no query group marks a key that is negative to all.
-        tile: rows and columns of one tile; by default what suits the device.
-
-    Returns:
-        0-D. Differentiable once in queries, keys, scale and bias.
-    """
-    tile = tile or default_tile(queries.device)
-    arguments = (queries, keys, scale, bias, query_groups, key_groups, tile, torch.is_grad_enabled())
-    return _SigmoidSum.apply(*arguments)
-
-
-def _blocks(length: int, size: int) -> Iterator[slice]:
+def blocks(length: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``size`` that cover ``length``."""
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
-class _Scratch:
+class Scratch:
     """Tile-sized memory, allocated once a pass; a ragged tile gets a contiguous part of it."""
 
     def __init__(self, like: Tensor, tile: Tile) -> None:
@@ -96,237 +44,39 @@ class _Scratch:
         return self._memory[: rows * columns].view(rows, columns)
 
 
-def _fit(tile: Tile, n: int, m: int) -> Tile:
-    return min(tile[0], max(n, 1)), min(tile[1], max(m, 1))
+def refuse_second_derivative() -> None:
+    """In a backward pass, gradients are recorded only for ``create_graph=True``.
 
-
-class _LogSumExp(torch.autograd.Function):
-    """Two ways to the same numbers.
-
-    *Shared shift*: one constant is subtracted from every logit, so a single exponential serves row and column sums and
-    no maxima are searched. The Cauchy-Schwarz bound on the logits rules overflow out beforehand, and the finished sums
-    show whether underflow could have cost a digit. Unit vectors with a temperature pass practically always.
-    *Online*: each tile is reduced with its own maxima (Milakov & Gimelshein, arXiv:1805.02867). Slower, and needed for
-    logits of an extreme range.
+    (``once_differentiable`` lets a constant incoming gradient pass, and the second derivative would silently be 0.)
     """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        keys: Tensor,
-        scale: Tensor,
-        query_groups: Tensor | None,
-        key_groups: Tensor | None,
-        tile: Tile,
-    ) -> tuple[Tensor, Tensor]:
-        n, m = len(queries), len(keys)
-        logits = _Logits(queries, keys, scale, query_groups, key_groups, _fit(tile, n, m))
-        shift = 0.0
-        result: tuple[Tensor, Tensor] | None = None
-        with torch.autocast(queries.device.type, enabled=False):
-            if n and m:
-                shift = _shift(queries, keys, scale)
-                result = _shared_shift(logits, shift) if math.isfinite(shift) else None
-            ctx.shift = shift if result is not None else None
-            rows, columns = result if result is not None else _online(logits)
-        ctx.tile = logits.tile
-        ctx.save_for_backward(queries, keys, scale, query_groups, key_groups, rows, columns)
-        return rows, columns
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: torch declares the decorator's ctx as nameless
-        ctx: Any, grad_rows: Tensor, grad_columns: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        queries, keys, scale, query_groups, key_groups, rows, columns = ctx.saved_tensors
-        wants_queries, wants_keys, wants_scale = ctx.needs_input_grad[:3]
-        n, m = len(queries), len(keys)
-        logits = _Logits(queries, keys, scale, query_groups, key_groups, ctx.tile)
-        grad_queries = torch.zeros_like(queries) if wants_queries or wants_scale else None
-        grad_keys = torch.zeros_like(keys) if wants_keys else None
-        # The weights are brought to order 1 and the result scaled back, so that 1 / (a huge sum) stays a normal number.
-        size = torch.cat([grad_rows, grad_columns]).abs().amax() if n + m else scale.new_zeros(())
-        size = size.clamp_min(torch.finfo(scale.dtype).tiny)
-        empty_rows, empty_columns = rows == -math.inf, columns == -math.inf
-        row_weights = (grad_rows / size).masked_fill_(empty_rows, 0).unsqueeze(1)
-        column_weights = (grad_columns / size).masked_fill_(empty_columns, 0).unsqueeze(0)
-        # Nothing was summed into an empty entry: +inf makes its probabilities exp(x - inf) = 0 and no inf - inf.
-        rows = rows.masked_fill(empty_rows, math.inf).unsqueeze(1)
-        columns = columns.masked_fill(empty_columns, math.inf).unsqueeze(0)
-        shift: float | None = ctx.shift
-        if shift is not None:
-            row_weights, column_weights = row_weights * (shift - rows).exp_(), column_weights * (shift - columns).exp_()
-        with torch.autocast(queries.device.type, enabled=False):
-            scratch = _Scratch(queries, logits.tile)
-            for i in _blocks(n, logits.tile[0]):
-                block = queries[i] * scale
-                for j in _blocks(m, logits.tile[1]):
-                    weights = scratch(len(block), j.stop - j.start)
-                    if shift is not None:
-                        tile = logits.exponentials(block, i, j, shift)
-                        torch.add(row_weights[i], column_weights[:, j], out=weights)
-                        tile.mul_(weights)
-                    else:
-                        tile = logits.masked(block, i, j)
-                        torch.sub(tile, rows[i], out=weights)
-                        weights.exp_().mul_(row_weights[i])
-                        tile.sub_(columns[:, j]).exp_().mul_(column_weights[:, j]).add_(weights)
-                    if grad_queries is not None:
-                        grad_queries[i].addmm_(tile, keys[j])
-                    if grad_keys is not None:
-                        grad_keys[j].addmm_(tile.T, block)
-            grad_scale = None
-            if grad_queries is not None:
-                grad_scale = row_dots(queries, grad_queries).sum() * size if wants_scale else None
-                grad_queries.mul_(scale * size)
-            if grad_keys is not None:
-                grad_keys.mul_(size)
-        return grad_queries if wants_queries else None, grad_keys, grad_scale, None, None, None
-
-
-class _Logits:
-    """The tiles of ``scale * queries @ keys.T``; the tile returned last is overwritten by the next."""
-
-    def __init__(
-        self,
-        queries: Tensor,
-        keys: Tensor,
-        scale: Tensor,
-        query_groups: Tensor | None,
-        key_groups: Tensor | None,
-        tile: Tile,
-    ) -> None:
-        self.queries, self.keys, self.scale, self.tile = queries, keys, scale, tile
-        self._query_groups, self._key_groups = query_groups, key_groups
-        self._scratch = _Scratch(queries, tile)
-
-    def _product(self, block: Tensor, j: slice) -> Tensor:
-        tile = self._scratch(len(block), j.stop - j.start)
-        return torch.mm(block, self.keys[j].T, out=tile)
-
-    def _fill_equal_groups(self, tile: Tensor, i: slice, j: slice, value: float) -> Tensor:
-        if self._query_groups is None or self._key_groups is None:
-            return tile
-        return tile.masked_fill_(self._query_groups[i].unsqueeze(1) == self._key_groups[j].unsqueeze(0), value)
-
-    def exponentials(self, block: Tensor, i: slice, j: slice, shift: float) -> Tensor:
-        """``exp(logit - shift)``, 0 for left-out pairs; ``block`` is ``scale * queries[i]``."""
-        tile = self._product(block, j)
-        if shift:
-            tile.sub_(shift)
-        return self._fill_equal_groups(tile.exp_(), i, j, 0.0)
-
-    def masked(self, block: Tensor, i: slice, j: slice) -> Tensor:
-        """The logits, -inf for left-out pairs."""
-        return self._fill_equal_groups(self._product(block, j), i, j, -math.inf)
-
-
-def _shift(queries: Tensor, keys: Tensor, scale: Tensor) -> float:
-    """The smallest shift >= 0 with which no sum of exponentials can overflow; not finite where the inputs are not."""
-    bound = float(scale.abs() * row_dots(queries, queries).amax().sqrt() * row_dots(keys, keys).amax().sqrt())
-    limit = 0.9 * math.log(torch.finfo(scale.dtype).max) - math.log(max(len(queries), len(keys)))
-    return max(0.0, bound - limit) if math.isfinite(bound) else math.nan
-
-
-def _shared_shift(logits: _Logits, shift: float) -> tuple[Tensor, Tensor] | None:
-    """Row and column log-sum-exp from one exponential per logit, or None where underflow may have cost a digit."""
-    n, m = len(logits.queries), len(logits.keys)
-    rows, columns = logits.queries.new_zeros(n), logits.queries.new_zeros(m)
-    for i in _blocks(n, logits.tile[0]):
-        block = logits.queries[i] * logits.scale
-        for j in _blocks(m, logits.tile[1]):
-            tile = logits.exponentials(block, i, j, shift)
-            rows[i] += tile.sum(1)
-            columns[j] += tile.sum(0)
-    # A term below the smallest normal number may vanish: together at most max(n, m) * tiny, so a sum above this many
-    # times that has lost less than one rounding error. A NaN fails the comparison and goes the online way.
-    numbers = torch.finfo(rows.dtype)
-    floor = max(n, m) * numbers.tiny / numbers.eps
-    if not bool(torch.minimum(rows.amin(), columns.amin()) >= floor):
-        return None
-    return rows.log_().add_(shift), columns.log_().add_(shift)
-
-
-def _online(logits: _Logits) -> tuple[Tensor, Tensor]:
-    n, m = len(logits.queries), len(logits.keys)
-    rows, columns = logits.queries.new_full((n,), -math.inf), logits.queries.new_full((m,), -math.inf)
-    for i in _blocks(n, logits.tile[0]):
-        block = logits.queries[i] * logits.scale
-        for j in _blocks(m, logits.tile[1]):
-            tile = logits.masked(block, i, j)
-            rows[i] = torch.logaddexp(rows[i], torch.logsumexp(tile, 1))
-            columns[j] = torch.logaddexp(columns[j], torch.logsumexp(tile, 0))
-    return rows, columns
-
-
-class _SigmoidSum(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        queries: Tensor,
-        keys: Tensor,
-        scale: Tensor,
-        bias: Tensor,
-        query_groups: Tensor,
-        key_groups: Tensor,
-        tile: Tile,
-        grad_enabled: bool,
-    ) -> Tensor:
-        wants_queries, wants_keys, wants_scale, wants_bias = (grad_enabled and w for w in ctx.needs_input_grad[:4])
-        n, m = len(queries), len(keys)
-        tile = _fit(tile, n, m)
-        grad_queries = torch.zeros_like(queries) if wants_queries or wants_scale else None
-        grad_keys = torch.zeros_like(keys) if wants_keys else None
-        total, grad_bias = scale.new_zeros(()), scale.new_zeros(())
-        memories = [_Scratch(queries, tile) for _ in range(4)]
-        with torch.autocast(queries.device.type, enabled=False):
-            for i in _blocks(n, tile[0]):
-                block = queries[i] * scale
-                for j in _blocks(m, tile[1]):
-                    x, u, w, sign = (memory(len(block), j.stop - j.start) for memory in memories)
-                    torch.mm(block, keys[j].T, out=x)
-                    torch.eq(query_groups[i].unsqueeze(1), key_groups[j].unsqueeze(0), out=sign)
-                    sign.mul_(-2).add_(1)
-                    x.add_(bias).mul_(sign)  # -z * logit: the term is softplus(x), its derivative sign * sigmoid(x)
-                    torch.abs(x, out=u).neg_().exp_()
-                    total += torch.clamp_min(x, 0, out=w).sum()
-                    derivative = x.sigmoid_().mul_(sign)
-                    total += _log1p_sum(u, w, sign)
-                    if grad_queries is not None:
-                        grad_queries[i].addmm_(derivative, keys[j])
-                    if grad_keys is not None:
-                        grad_keys[j].addmm_(derivative.T, block)
-                    if wants_bias:
-                        grad_bias += derivative.sum()
-            grad_scale = None
-            if grad_queries is not None:
-                grad_scale = row_dots(queries, grad_queries).sum() if wants_scale else None
-                grad_queries.mul_(scale)
-        grad_queries = grad_queries if wants_queries else None
-        ctx.save_for_backward(grad_queries, grad_keys, grad_scale, grad_bias if wants_bias else None)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]: torch declares the decorator's ctx as nameless
-        ctx: Any, grad: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        return (*(None if saved is None else saved * grad for saved in ctx.saved_tensors), None, None, None, None)
-
-
-def _log1p_sum(u: Tensor, w: Tensor, rest: Tensor) -> Tensor:
-    """Sum of log(1 + u) for 0 <= u <= 1, overwriting all three; torch.log1p costs ten times as much on a CPU."""
-    if u.device.type != "cpu":
-        return torch.log1p(u, out=w).sum()
-    # With w the rounded 1 + u, log(1 + u) = log(w) + (u - (w - 1)) / w up to the square of the rounding error, and
-    # w - 1 is exact: no digit of a small u is lost.
-    torch.add(u, 1, out=w)
-    torch.sub(w, 1, out=rest)
-    rest.sub_(u).div_(w)
-    return w.log_().sub_(rest).sum()
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the tiled losses have no second derivative: call backward or grad without create_graph=True"
+        )
 
 
 def row_dots(x: Tensor, y: Tensor) -> Tensor:
-    """Dot products [n] of the rows of two [n, D], without an [n, D] temporary."""
-    return torch.bmm(x.unsqueeze(1), y.unsqueeze(2)).flatten()
+    """Dot products [n] of the rows of two [n, D], without an [n, D] temporary; differentiable once."""
+    return _RowDots.apply(x, y)
+
+
+class _RowDots(torch.autograd.Function):
+    """A function of its own because bmm's backward pass would obey an autocast that surrounds ``loss.backward()``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y)
+        return row_dots_inside(x, y)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        refuse_second_derivative()
+        x, y = ctx.saved_tensors
+        grad = grad_outputs[0].unsqueeze(1)
+        return grad * y if ctx.needs_input_grad[0] else None, grad * x if ctx.needs_input_grad[1] else None
+
+
+def row_dots_inside(x: Tensor, y: Tensor) -> Tensor:
+    """`row_dots` for use inside a forward or backward pass, where nothing is recorded."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.bmm(x.unsqueeze(1), y.unsqueeze(2)).flatten()

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mmrep.losses._batch import PairBatch, pair_batch
-from mmrep.losses._tiles import Tile, row_dots, tiled_logsumexp
+from mmrep.losses._logsumexp import tiled_logsumexp
+from mmrep.losses._tiles import Tile, row_dots
 from mmrep.world import World
 
 Duplicates = Literal["positive", "mask"]

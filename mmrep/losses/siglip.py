@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from mmrep.losses._batch import PairBatch, pair_batch, scalar
-from mmrep.losses._tiles import Tile, tiled_sigmoid_sum
+from mmrep.losses._sigmoid import tiled_sigmoid_sum
+from mmrep.losses._tiles import Tile
 from mmrep.world import World
 
 

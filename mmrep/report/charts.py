@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from mmrep.report.thumbnails import clean
+from mmrep.report.thumbnails import clean, shorten
 
 _POINTS = 600
 """More points than this are averaged in bins: a chart is not wider than this many pixels."""
 _MOVING = 40
 """From so many points on, a noisy curve is drawn beside its moving average."""
 _MAX_LINES = 8
+_BOOKKEEPING = {"step", "epoch", "seconds", "samples"}
 
 # matplotlib writes colours as hexadecimal numbers; these stand for the page's CSS variables.
 _INK, _GRID, _GROUND = "#0a0b0c", "#0a0b0d", "#0a0b0e"
@@ -54,7 +55,7 @@ def training_charts(metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[s
         metrics: lines with ``step``; values that are not finite are left out and counted in the summary.
         evaluations: final results, for the level of chance.
     """
-    names = [k for k in dict.fromkeys(key for line in metrics for key in line) if k != "step"]
+    names = [k for k in dict.fromkeys(key for line in metrics for key in line) if k not in _BOOKKEEPING]
     losses = [k for k in names if k == "loss" or (k.endswith("/loss") and not k.startswith("eval/"))]
     rates = [k for k in names if k == "lr" or k.startswith("lr/")]
     evals = [k for k in names if k.startswith("eval/")]
@@ -62,8 +63,10 @@ def training_charts(metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[s
     lines = {name: line for name in names if (line := _line(name, metrics))}
     if len(losses) == 2 and all(k in lines for k in losses) and lines[losses[0]].values == lines[losses[1]].values:
         losses = losses[:1]  # one objective of weight 1: its loss is the loss
-    groups = [("Loss", losses), ("Learning rate", rates)]
-    charts = [_draw(title, [lines[k] for k in keys if k in lines], f"{n}", metrics) for n, (title, keys) in enumerate(groups)]
+    charts = [
+        _draw("Loss", [lines[k] for k in losses if k in lines], "loss", metrics),
+        _draw("Learning rate", [lines[k] for k in rates if k in lines], "lr", metrics),
+    ]
     charts += _held_out({k: lines[k] for k in evals if k in lines}, evaluations)
     charts += [_draw(k.replace("_", " "), [lines[k]], f"r{n}", metrics) for n, k in enumerate(rest) if k in lines]
     return [chart for chart in charts if chart is not None]
@@ -87,7 +90,7 @@ def _held_out(lines: Mapping[str, Line], evaluations: Mapping[str, Mapping[str, 
             if row.get("who") == "chance" and row.get("direction", "") in chosen and isinstance(row.get(figure), float)
         }
         reach = (min(line.steps[0] for line in curves), max(line.steps[-1] for line in curves))
-        curves += [Line("chance", reach, (level, level), flat=True) for level in sorted(levels)[:1]]
+        curves += [Line("chance", reach, (level, level), flat=True) for level in sorted(levels)]
         charts.append(_draw(f"{figure} on {name}", curves, f"e{number}", ()))
     return charts
 
@@ -99,7 +102,9 @@ def _line(name: str, metrics: Sequence[Mapping[str, Any]]) -> Line | None:
         if isinstance(line.get("step"), int | float) and isinstance(line.get(name), int | float)
     ]
     points = sorted(point for point in points if math.isfinite(point[1]))
-    return Line(name, *zip(*points, strict=True)) if points else None
+    if not points:
+        return None
+    return Line(name, tuple(step for step, _ in points), tuple(value for _, value in points))
 
 
 def _draw(title: str, lines: Sequence[Line], key: str, metrics: Sequence[Mapping[str, Any]]) -> Chart | None:
@@ -109,7 +114,7 @@ def _draw(title: str, lines: Sequence[Line], key: str, metrics: Sequence[Mapping
     left_out = len(lines[_MAX_LINES:])
     lines = lines[:_MAX_LINES]
     summary = "; ".join(_words(line) for line in lines)
-    bad = sum(1 for row in metrics for line in lines if _not_finite(row.get(line.name)))
+    bad = sum(line.name in row and _not_finite(row[line.name]) for row in metrics for line in lines)
     summary += f"; {bad} values are not finite and are left out" if bad else ""
     summary += f"; {left_out} more are not drawn" if left_out else ""
     return Chart(clean(title), _svg(lines, key), clean(summary) + ".")
@@ -120,8 +125,9 @@ def _svg(lines: Sequence[Line], key: str) -> str:
     from matplotlib.figure import Figure
 
     style = {
-        "svg.fonttype": "none", "svg.hashsalt": key, "font.family": ["sans-serif"], "font.size": 9, "axes.edgecolor": _GRID,
-        "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _GRID, "ytick.color": _GRID, "text.parse_math": False,
+        "svg.fonttype": "none", "svg.hashsalt": key, "font.family": ["sans-serif"], "font.size": 9,
+        "axes.edgecolor": _GRID, "axes.labelcolor": _INK, "text.color": _INK, "text.parse_math": False,
+        "xtick.color": _GRID, "ytick.color": _GRID,
         "xtick.labelcolor": _INK, "ytick.labelcolor": _INK, "grid.color": _GRID, "grid.linewidth": 0.6,
         "axes.grid": True, "axes.grid.axis": "y", "axes.spines.top": False, "axes.spines.right": False,
         "axes.spines.left": False, "axes.formatter.limits": (-3, 5), "axes.formatter.use_mathtext": False,
@@ -134,7 +140,7 @@ def _svg(lines: Sequence[Line], key: str) -> str:
             color = _INK if line.flat else _SERIES[number]
             dash = (0, (2, 3)) if line.flat else _DASHES[number % len(_DASHES)]
             steps, values = _binned(line)
-            label = clean(line.name).lstrip("_")  # matplotlib hides labels that begin with an underscore
+            label = shorten(clean(line.name), 32).lstrip("_")  # matplotlib hides labels that begin with an underscore
             if len(values) < _MOVING or _smooth(values):
                 axes.plot(steps, values, color=color, linestyle=dash, linewidth=1.6, label=label,
                           marker="o" if len(values) <= 12 and not line.flat else None, markersize=4)  # fmt: skip
@@ -168,7 +174,8 @@ def _binned(line: Line) -> tuple[np.ndarray, np.ndarray]:
     steps, values = np.array(line.steps), np.array(line.values)
     if len(values) <= _POINTS:
         return steps, values
-    parts = np.array_split(np.arange(len(values)), _POINTS)
+    size = math.ceil(len(values) / _POINTS)  # all bins but the last alike, or the noise would seem to change
+    parts = np.split(np.arange(len(values)), range(size, len(values), size))
     return np.array([steps[p].mean() for p in parts]), np.array([values[p].mean() for p in parts])
 
 
@@ -188,12 +195,17 @@ def _moving_average(values: np.ndarray) -> np.ndarray:
 
 def _words(line: Line) -> str:
     if line.flat:
-        return f"{line.name} {line.values[0]:.3g}"
+        return f"{line.name} {_short(line.values[0])}"
     first, last = (line.steps[0], line.values[0]), (line.steps[-1], line.values[-1])
     if len(line.values) == 1:
-        return f"{line.name} {first[1]:.3g} at step {first[0]:.0f}"
-    return f"{line.name} from {first[1]:.3g} at step {first[0]:.0f} to {last[1]:.3g} at step {last[0]:.0f}"
+        return f"{line.name} {_short(first[1])} at step {first[0]:.0f}"
+    return f"{line.name} from {_short(first[1])} at step {first[0]:.0f} to {_short(last[1])} at step {last[0]:.0f}"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _not_finite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+    """A number that is not finite, or null, which stands for it in JSON."""
+    return value is None or (isinstance(value, float) and not math.isfinite(value))

@@ -69,8 +69,9 @@ class ReportData:
         about: one line on what the run is.
         config: the resolved config, as YAML text.
         versions: by package (and ``python``, ``machine`` and the like).
-        metrics: the lines of ``metrics.jsonl``: ``step`` and figures by name, among them ``loss``, ``<objective>/loss``,
-            ``lr``, ``grad_norm`` and, at evaluation steps, ``eval/<evaluation>/<direction>/<figure>``.
+        metrics: the lines of ``metrics.jsonl``: ``step`` and figures by name, among them ``loss``,
+            ``<objective>/loss``, ``lr``, ``grad_norm`` and, at evaluation steps,
+            ``eval/<evaluation>/<direction>/<figure>``.
         evaluations: by name, ``{"type": …, "data": …, "rows": [{"who": …, "direction": …, figures by name}, …]}``.
         quarantined: number of unreadable training samples by cause; None if it is not known.
         temperatures: by name, ``scale`` and, where there is one, ``bias``.

@@ -72,9 +72,10 @@ def examples(pairs: PairSet, viewer: Viewer, seed: int = 0) -> list[Direction]:
 def _direction(pairs: PairSet, viewer: Viewer, query_field: str, item_field: str, seed: int) -> Direction:
     encoded = pairs.encoded
     groups = np.array(encoded.groups(), dtype=object)
-    items = np.flatnonzero(encoded.present[item_field])
+    items = np.arange(len(encoded))
     asked = np.flatnonzero(encoded.present[query_field])
-    asked = asked[np.isin(groups[asked], groups[items])]
+    known = set(groups[items])
+    asked = asked[[group in known for group in groups[asked]]]
     x, y = encoded.embeddings[query_field][asked], encoded.embeddings[item_field][items]
     ranks = retrieval_ranks(x, y, Relevance.from_groups(list(groups[asked]), list(groups[items])))
     order = np.random.default_rng(seed).permutation(len(asked))

@@ -61,7 +61,7 @@ def between(pairs: PairSet) -> list[Measure]:
     strange = groups[:, None] != groups[None, :]
     if strange.any():
         others = (left[few] @ right[few].T)[strange]
-        lines.append(("cosine of strangers", _spread(others), "of two samples of different groups; below that of true pairs"))
+        lines.append(("cosine of strangers", _spread(others), "two samples of different groups"))
     return [Measure(name, {"": value}, meaning) for name, value, meaning in lines]
 
 

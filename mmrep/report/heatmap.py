@@ -13,7 +13,7 @@ from mmrep.report.thumbnails import Shown, Viewer, shorten
 PAIRS = 24
 CELL = 26
 _LABEL = 200
-_TOP_TEXT = 120
+_TOP_TEXT = 132
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def similarity_heatmap(pairs: PairSet, viewer: Viewer, seed: int = 0) -> Heatmap
     left, top = _LABEL, (CELL + 6 if column_field in viewer.pictured else _TOP_TEXT)
     ticks = {
         name: [
-            Tick(n * CELL, shown := viewer.show(int(i), name, size=48), shorten(shown.text, 30 if name == row_field else 18))
+            Tick(n * CELL, shown := viewer.show(int(i), name, size=48), shorten(shown.text, length))
             for n, i in enumerate(chosen)
         ]
-        for name in (row_field, column_field)
+        for name, length in ((row_field, 30), (column_field, 17))
     }
     best = scores.argmax(axis=1)
     cells = [
@@ -87,7 +87,7 @@ def similarity_heatmap(pairs: PairSet, viewer: Viewer, seed: int = 0) -> Heatmap
             top + m * CELL,
             to_hex(palette(share[m, n])),
             ("#000000" if share[m, n] > 0.6 else "#ffffff") if best[m] == n else "",
-            f"{ticks[row_field][m].shown.text} × {ticks[column_field][n].shown.text}: {scores[m, n]:.2f}",
+            f"{ticks[row_field][m].shown.text} | {ticks[column_field][n].shown.text}: {scores[m, n]:.2f}",
         )
         for m in range(len(chosen))
         for n in range(len(chosen))

@@ -129,12 +129,13 @@ def _facts(report: ReportData) -> list[tuple[str, str]]:
     known: list[tuple[str, str, Callable[[Any], str]]] = [
         ("step", "steps", lambda v: f"{v:.0f}"),
         ("loss", "last loss", lambda v: f"{v:.3g}"),
+        ("seconds", "training", lambda v: f"{v:.0f} s" if v < 600 else f"{v / 60:.0f} min"),
         ("samples_per_second", "samples a second", lambda v: f"{v:,.0f}".replace(",", " ")),
     ]
     facts = [(name, show(last[key])) for key, name, show in known if isinstance(last.get(key), int | float)]
     for name, temperature in report.temperatures.items():
         name = "" if name == "default" and len(report.temperatures) == 1 else f" {name}"
-        facts += [(clean(f"{'logit ' if key == 'scale' else ''}{key}{name}"), f"{value:.3g}") for key, value in temperature.items()]
+        facts += [(clean(f"logit {key}{name}"), f"{value:.3g}") for key, value in temperature.items()]
     return facts
 
 

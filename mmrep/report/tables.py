@@ -11,16 +11,16 @@ from mmrep.report.thumbnails import clean
 
 _COUNTS = ("queries", "items", "excluded", "ties")
 _SHARES = ("R@", "true_recall@", "accuracy", "top", "precision", "recall")
+_TIMES = "\N{MULTIPLICATION SIGN}"
 _TELLING = ("R@5", "R@1", "accuracy", "top1", "mean_reciprocal_rank")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One number as shown, how many times better than chance it is (or nothing), and its share of 100 % (or None)."""
+    """One number as shown, and how many times better than chance it is (or nothing)."""
 
     text: str
     ratio: str = ""
-    bar: float | None = None
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,8 @@ def _chance(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> Mappin
 def _figure(key: str, row: Mapping[str, Any], chance: Mapping[str, Any]) -> Figure:
     value = _number(row.get(key))
     if value is None:
-        return Figure("–")
-    bar = min(max(value, 0.0), 1.0) if key.startswith(_SHARES) and math.isfinite(value) else None
-    return Figure(_text(key, value), _ratio(key, value, chance.get(key)), bar)
+        return Figure("")
+    return Figure(_text(key, value), _ratio(key, value, chance.get(key)))
 
 
 def _ratio(key: str, value: Any, chance: Any) -> str:
@@ -119,7 +118,7 @@ def _ratio(key: str, value: Any, chance: Any) -> str:
         return ""  # whether more or less of it is better is not known
     if not b:
         return ""
-    return f"{a / b:.0f}×" if a / b >= 10 else f"{a / b:.1f}×"
+    return f"{a / b:.0f}{_TIMES}" if a / b >= 10 else f"{a / b:.1f}{_TIMES}"
 
 
 def _text(key: str, value: float) -> str:

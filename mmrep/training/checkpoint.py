@@ -69,7 +69,7 @@ class Packet:
         """Read what `to_bytes` wrote."""
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         tensors.update({name: tensors[source] for name, source in json.loads(metadata["aliases"]).items()})
         return cls(tensors, json.loads(metadata["data"]))
 

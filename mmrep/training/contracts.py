@@ -23,8 +23,8 @@ class TrainConfig:
     steps: optimizer steps. epochs: passes over the data; may be a fraction. batch_size: samples a step, over all
     processes. precision: ``auto`` is bf16 where the hardware multiplies it, else fp32; weights stay fp32. seed: of
     everything random. log_every, save_every, eval_every: in steps; null = only at the end (eval: never). keep: how many
-    checkpoints stay. max_bad: share of unreadable samples past which the run stops. workers: loader processes.
-    channels_last: memory format of convolutions. deterministic: refuse kernels that are not reproducible.
+    checkpoints stay. workers: loader processes. channels_last: memory format of convolutions. deterministic: refuse
+    kernels that are not reproducible.
     """
 
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -36,7 +36,6 @@ class TrainConfig:
     save_every: Annotated[int, Field(ge=1)] | None = 500
     eval_every: Annotated[int, Field(ge=1)] | None = None
     keep: Annotated[int, Field(ge=1)] = 3
-    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.05
     workers: Annotated[int, Field(ge=0)] = 2
     channels_last: bool = False
     deterministic: bool = False
@@ -50,7 +49,7 @@ class TrainConfig:
 
 
 class Loader(Protocol):
-    """The batches of this process.
+    """The batches of this process. After the first of a pass, drawing them leaves the global random numbers alone.
 
     Attributes:
         epoch: full passes done.
@@ -65,11 +64,19 @@ class Loader(Protocol):
         """The rest of the current epoch; at its end ``epoch`` grows by one."""
         ...
 
+    def end_epoch(self) -> None:
+        """Go to the next epoch although batches are left, because another process has none."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading ahead; the run is over, or stops."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """JSON data that says what was yielded so far (not what was read ahead)."""
         ...
 
-    def load_state_dict(self, state: dict[str, Any], /) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where `state_dict` was."""
         ...
 

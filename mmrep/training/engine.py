@@ -6,9 +6,11 @@ import os
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
@@ -57,3 +59,20 @@ def has_fast_bf16() -> bool:
     if torch.accelerator.is_available():
         return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def start_processes() -> None:
+    """Join the processes of the launcher, if there is one, before anything is shared between them."""
+    PartialState(cpu=not torch.accelerator.is_available())
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    PartialState(cpu=not torch.accelerator.is_available()).wait_for_everyone()
+
+
+def share_buffers(module: nn.Module) -> None:
+    """Give every process the first one's buffers (statistics of batch norm), which are also what is saved."""
+    if dist.is_available() and dist.is_initialized():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)

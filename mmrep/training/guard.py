@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.signal: int | None = None
         self._before: dict[int, Any] = {}
+        self._owner = os.getpid()
 
     @property
     def requested(self) -> bool:
@@ -108,6 +110,11 @@ class Interrupts:
         raise KeyboardInterrupt
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # a forked loader worker: Ctrl-C reaches it too, but its parent will end it
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
         self.signal = number
         self.__exit__()
-        logger.warning("%s: finishing this step, saving, then stopping; again to stop at once", signal.strsignal(number))
+        name = signal.Signals(number).name
+        logger.warning("%s: finishing this step, saving, then stopping; once more stops at once", name)

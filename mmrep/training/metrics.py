@@ -23,8 +23,11 @@ class MetricsLog:
     writes the same lines as one that was never stopped.
 
     Args:
-        path: the file, appended to; None = keep the last line only.
+        path: the file, appended to; None = nothing is written.
         main: whether this process writes.
+
+    Attributes:
+        last: the last line that `flush` made.
     """
 
     def __init__(self, path: Path | None, *, main: bool = True) -> None:
@@ -65,15 +68,15 @@ class MetricsLog:
         self._sums, self._counts, self._samples = {}, {}, 0
         samples = sum(part["samples"] for part in parts)
         speed = samples / max(elapsed, 1e-9)
-        return self.write({"step": step, **now, **means, "samples": samples, "samples_per_second": speed})
+        self.last = {"step": step, **now, **means, "samples": samples, "samples_per_second": speed}
+        self.write(self.last)
+        return self.last
 
-    def write(self, line: Mapping[str, Any]) -> dict[str, Any]:
+    def write(self, line: Mapping[str, Any]) -> None:
         """Append one line as it is, such as an evaluation's; it must have a ``step``."""
-        self.last = dict(line)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(_finite(line)) + "\n")
-        return self.last
 
     def rewind(self, step: int) -> None:
         """Drop the lines after ``step``, and one that a kill left incomplete."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import field
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from mmrep.config import config
 from mmrep.registry import near
@@ -101,7 +101,7 @@ def _without_decay(module: nn.Module) -> Iterator[nn.Parameter]:
         yield from (p for p in owner.parameters(recurse=False) if is_norm or p.ndim <= 1)
         declare = getattr(owner, "no_weight_decay", None)
         if callable(declare):
-            patterns = list(declare())
+            patterns = list(cast(Iterable[str], declare()))
             for name, parameter in owner.named_parameters(remove_duplicate=False):
                 if any(fnmatchcase(name, pattern) for pattern in patterns):
                     yield parameter
@@ -111,3 +111,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every group; a group's own ``lr_scale`` multiplies it."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """The norm of the whole gradient, over all shards of a sharded one; 0-D, on the device."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    return cast(Any, norm).full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -1,16 +1,15 @@
-"""A progress bar, where somebody is looking."""
+"""The progress of a run, where somebody is looking."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import Any
 
-from tqdm import tqdm
+from mmrep.progress import progress
 
 
 class Progress:
-    """A bar on the first process's terminal; silent elsewhere (log files, pipes, other processes).
+    """A bar of steps with the last loss and speed; silent where `mmrep.progress.progress` is.
 
     Args:
         total: steps of the run, None if unknown.
@@ -19,8 +18,7 @@ class Progress:
     """
 
     def __init__(self, total: int | None, *, done: int = 0, main: bool = True) -> None:
-        silent = not (main and sys.stderr.isatty())
-        self._bar = tqdm(total=total, initial=done, disable=silent, unit="step", dynamic_ncols=True, leave=True)
+        self._bar = progress(total, desc="train", unit="step", show=main, done=done)
 
     def advance(self) -> None:
         """One more step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from mmrep.training.checkpoint import Packet
 def capture() -> Packet:
     """The states of python's, numpy's and torch's global generators (torch: CPU and the current CUDA device)."""
     version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002: the global generator
+    kind, keys, position, has_gauss, cached = _numpy_state()
     tensors = {
         "torch.cpu": torch.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),
@@ -37,7 +37,7 @@ def restore(state: Packet) -> None:
     random.setstate((version, tuple(state.tensors["python"].tolist()), gauss))
     kind, position, has_gauss, cached = state.data["numpy"]
     keys = state.tensors["numpy"].numpy().astype(np.uint32)
-    np.random.set_state((kind, keys, position, has_gauss, cached))  # noqa: NPY002: the global generator
+    np.random.set_state((kind, keys, position, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(state.tensors["torch.cpu"])
     if torch.cuda.is_available() and "torch.cuda" in state.tensors:
         torch.cuda.set_rng_state(state.tensors["torch.cuda"])
@@ -46,7 +46,7 @@ def restore(state: Packet) -> None:
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
     """Run the body without any effect on the global generators, so that watching a run does not change it."""
-    python, legacy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    python, legacy, cpu = random.getstate(), _numpy_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     try:
         yield
@@ -56,3 +56,8 @@ def isolated() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state(cuda)
+
+
+def _numpy_state() -> tuple[Any, ...]:
+    """Of numpy's global generator, which libraries still draw from."""
+    return cast("tuple[Any, ...]", np.random.get_state(legacy=True))  # noqa: NPY002

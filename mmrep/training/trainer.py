@@ -2,52 +2,46 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from mmrep.config import dump
 from mmrep.data.batch import Batch
 from mmrep.data.sample import Quarantined
-from mmrep.training import checkpoint, rng
-from mmrep.training.checkpoint import Packet
+from mmrep.training import rng
 from mmrep.training.contracts import Callback, Loader, TrainConfig
-from mmrep.training.engine import accelerator
-from mmrep.training.errors import CheckpointError, ResumeError
+from mmrep.training.engine import accelerator, share_buffers
 from mmrep.training.guard import Interrupts, Watch
 from mmrep.training.metrics import MetricsLog, temperatures
-from mmrep.training.optim import OptimConfig, build_optimizer, set_lr
+from mmrep.training.optim import OptimConfig, build_optimizer, gradient_norm, set_lr
 from mmrep.training.progress import Progress
-from mmrep.training.state import load_module, load_optimizer, module_packet, optimizer_packet
+from mmrep.training.run_state import Counters, RunState
 
 __all__ = ["Callback", "Loader", "TrainConfig", "Trainer"]
 
-logger = logging.getLogger(__name__)
-
 
 class Trainer:
-    """Trains one root module, on one process or on many.
+    """Trains one root module.
 
     Args:
         root: ``root(batch) -> {"loss": scalar, named parts}``, with a method ``after_optimizer_step()``.
         loader: batches of this process.
         train: length, precision, intervals.
         optim: optimizer and schedule.
-        folder: of the run; gets ``metrics.jsonl`` and ``checkpoints/``. None = nothing is written.
+        folder: gets ``metrics.jsonl`` and ``checkpoints/``. None = nothing is written.
         callbacks: called in this order.
         on_quarantined: called with a batch's unreadable samples, if any, and the number of samples that this process
-            has asked for so far, those included; stops the run by raising.
+            has read so far in the run, those included; stops the run by raising.
 
     Attributes:
-        step: optimizer steps taken.
+        counters: how far the run is.
         total_steps: of the run; None if it is a stream, measured in epochs.
         optimizer: the torch optimizer.
         accelerator: the engine.
@@ -73,7 +67,7 @@ class Trainer:
         self.callbacks = callbacks
         self.on_quarantined = on_quarantined
         self.accelerator = accelerator(train.precision, deterministic=train.deterministic)
-        self.step = 0
+        self.counters = Counters()
         self.total_steps = train.steps
         if train.epochs is not None and loader.steps_per_epoch is not None:
             self.total_steps = math.ceil(train.epochs * loader.steps_per_epoch)
@@ -83,15 +77,25 @@ class Trainer:
         root.to(self.device)
         self._parallel, self._prepared = self.accelerator.prepare(root, build_optimizer(root, optim))
         self.optimizer: torch.optim.Optimizer = self._prepared.optimizer
+        if folder is not None and self.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsLog(folder and folder / "metrics.jsonl", main=self.is_main)
         self.last_checkpoint: Path | None = None
         self._watch = Watch()
         # Looking at a number waits for the device: free on a CPU, dear on a GPU.
         self._look_every = 1 if self.device.type == "cpu" else train.log_every
         self._done: dict[str, int] = {}
-        self._seen = 0
-        self._seconds = 0.0
         self._clock = self._window = 0.0
+        self._stop = False
+        self._state = RunState(
+            self.checkpoints, self.accelerator, root, self.optimizer, loader, self.metrics,
+            settings={"train": dump(train), "optim": dump(optim)}, keep=train.keep,
+        )  # fmt: skip
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.counters.step
 
     @property
     def device(self) -> torch.device:
@@ -129,10 +133,7 @@ class Trainer:
             ResumeError: there is a run in the folder and ``resume`` is False, or it does not fit this recipe.
             KeyboardInterrupt: Ctrl-C; a checkpoint was saved before. SIGTERM does the same with SystemExit(143).
         """
-        set_seed(self.train.seed, device_specific=True)
         self._begin(resume)
-        self._clock = time.perf_counter() - self._seconds
-        self._window = time.perf_counter()
         progress = Progress(self.total_steps, done=self.step, main=self.is_main)
         batches = self._batches()
         self.root.train()
@@ -141,9 +142,7 @@ class Trainer:
                 for batch in batches:
                     self._train_step(batch, interrupted=interrupts.requested)
                     progress.advance()
-                    with rng.isolated():
-                        for callback in self.callbacks:
-                            callback.on_step_end(self, self.step)
+                    self._tell()
                     if self._after_step(final=self.step == self.total_steps):
                         interrupts.leave()
                     if self._done.get("log") == self.step:
@@ -153,10 +152,11 @@ class Trainer:
                     interrupts.leave()
         finally:
             batches.close()
+            self.loader.close()
             progress.close()
             self.root.eval()
         summary = {
-            "steps": self.step, "epochs": self.epoch, "seconds": self._seconds, "metrics": self.metrics.last,
+            "steps": self.step, "epochs": self.epoch, "seconds": self.counters.seconds, "metrics": self.metrics.last,
             "checkpoint": self.last_checkpoint and str(self.last_checkpoint), "device": str(self.device),
             "precision": self.accelerator.mixed_precision, "processes": self.accelerator.num_processes,
         }  # fmt: skip
@@ -165,15 +165,15 @@ class Trainer:
         return summary
 
     def _train_step(self, batch: Batch, *, interrupted: bool) -> None:
-        self._seen += len(batch) + len(batch.quarantined)
+        self.counters.samples += len(batch) + len(batch.quarantined)
         if batch.quarantined and self.on_quarantined is not None:
-            self.on_quarantined(batch.quarantined, self._seen)
+            self.on_quarantined(batch.quarantined, self.counters.samples)
         set_lr(self.optimizer, self._lr(self.step))
         report: dict[str, Tensor] = self._parallel(batch.to(self.device))
         loss = report["loss"]
         self.accelerator.backward(loss)
-        bound = math.inf if self.optim.clip_norm is None else self.optim.clip_norm
-        norm = cast(Tensor, self.accelerator.clip_grad_norm_(self._parallel.parameters(), bound))
+        self.accelerator.unscale_gradients()
+        norm = gradient_norm(self._parallel.parameters())
         report = {name: value.detach() for name, value in report.items()}
         scaled = self.accelerator.scaler is not None  # fp16: overflowing gradients are the scaler's daily bread
         finite = loss.isfinite() if scaled else loss.isfinite() & norm.isfinite()
@@ -184,16 +184,18 @@ class Trainer:
             self._look()
         elif not scaled:
             cast(Any, self.optimizer).found_inf = signals[0].clone()  # the fused kernels then skip this step
+        if self.optim.clip_norm is not None:  # after the look, which wants to see who spoiled the gradient
+            nn.utils.clip_grads_with_norm_(self._parallel.parameters(), self.optim.clip_norm, norm)
         self._prepared.step()
         if not self._prepared.step_was_skipped:
             cast(Any, self.root).after_optimizer_step()
         self._prepared.zero_grad()
         self.metrics.add({**report, "grad_norm": norm}, len(batch))
-        self.step += 1
+        self.counters.step += 1
 
     def _after_step(self, *, final: bool) -> bool:
         """Do what is due, each thing once a step. Returns whether some process was asked to stop."""
-        self._seconds = time.perf_counter() - self._clock
+        self.counters.seconds = time.perf_counter() - self._clock
         intervals = {
             "look": self._look_every,
             "log": self.train.log_every,
@@ -215,16 +217,23 @@ class Trainer:
         self._done.update(dict.fromkeys(due, self.step))
         return self._stop
 
+    def _tell(self) -> None:
+        if listening := [c for c in self.callbacks if type(c).on_step_end is not Callback.on_step_end]:
+            with rng.isolated():
+                for callback in listening:
+                    callback.on_step_end(self, self.step)
+
     def _look(self) -> None:
         self._stop |= self._watch.look(self.root, self.last_checkpoint)
 
     def _log(self) -> None:
-        now = {"epoch": self.epoch, "lr": self._lr(self.step - 1), "seconds": self._seconds, **temperatures(self.root)}
-        self.metrics.flush(self.step, now, time.perf_counter() - self._window)
+        now = {"epoch": self.epoch, "lr": self._lr(self.step - 1), "seconds": self.counters.seconds}
+        self.metrics.flush(self.step, {**now, **temperatures(self.root)}, time.perf_counter() - self._window)
         self._window = time.perf_counter()
 
     def _evaluate(self) -> None:
         self.root.eval()
+        share_buffers(self.root)
         with rng.isolated():
             for callback in self.callbacks:
                 found = callback.on_eval(self, self.step)
@@ -235,16 +244,19 @@ class Trainer:
     def _lr(self, step: int) -> float:
         return self.optim.schedule.value(self.optim.lr, step, self.total_steps)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> Generator[Batch, None, None]:
         """Batches, epoch after epoch, until the run's length is reached. All processes get equally many."""
         empty = 0
         while self._more():
             before = self.step
-            iterator = iter(self.loader)
-            while (batch := self._next(iterator)) is not None:
+            with rng.isolated():  # a loader draws seeds for its workers when it starts, after a resume once more
+                iterator = iter(self.loader)
+                batch = self._next(iterator)
+            while batch is not None:
                 yield batch
                 if not self._more():
                     return
+                batch = self._next(iterator)
             empty = empty + 1 if self.step == before else 0
             if empty > 1:  # one is fine: a run resumed at the end of an epoch
                 raise ValueError("the training data gives no batch: is the split empty, or smaller than one batch?")
@@ -256,90 +268,33 @@ class Trainer:
         return self.loader.epoch < self.train.epochs
 
     def _next(self, iterator: Iterator[Batch]) -> Batch | None:
-        with rng.isolated():  # a loader draws seeds for its workers when it starts; that must not depend on a resume
-            batch = next(iterator, None)
+        batch = next(iterator, None)
         if self.loader.steps_per_epoch is None and self.accelerator.num_processes > 1:
             here = torch.tensor([float(batch is not None)], device=self.device)
             if cast(Tensor, self.accelerator.reduce(here, "sum")).item() < self.accelerator.num_processes:
-                for _ in iterator:  # streams end unevenly: the epoch ends for all when it ends for one
-                    pass
+                if batch is not None:  # streams end unevenly: the epoch ends for all when it ends for one
+                    self.loader.end_epoch()
                 return None
         return batch
 
     def _save(self) -> None:
-        if self.checkpoints is None:
+        path = self._state.save(self.counters)
+        if path is None:
             return
-        window, generators = self.metrics.state(), rng.capture()
-        data = {"rng": generators.data, "metrics": window.data, "loader": self.loader.state_dict(), "seen": self._seen}
-        tensors = {f"rng/{name}": value for name, value in generators.tensors.items()}
-        tensors.update({f"metrics/{name}": value for name, value in window.tensors.items()})
-        ranks = gather_object([Packet(tensors, data).to_bytes()])
-        packets: dict[str, Packet | bytes] = {f"rank-{rank:05d}": content for rank, content in enumerate(ranks)}
-        packets["module"] = module_packet(self.root)
-        packets["optimizer"] = optimizer_packet(self.optimizer, self.root)
-        scaler = self.accelerator.scaler
-        state = {
-            "seconds": self._seconds, "processes": self.accelerator.num_processes, "scaler": scaler and scaler.state_dict(),
-            "train": dump(self.train), "optim": dump(self.optim),
-        }  # fmt: skip
-        failure = None
-        if self.is_main:
-            try:
-                checkpoint.save(self.checkpoints, self.step, packets, state, keep=self.train.keep)
-            except CheckpointError as error:
-                failure = error
-        self._agree(failure)
-        self.last_checkpoint = checkpoint.path_of(self.checkpoints, self.step)
+        self.last_checkpoint = path
         with rng.isolated():
             for callback in self.callbacks:
-                callback.on_save(self, self.last_checkpoint)
+                callback.on_save(self, path)
 
     def _begin(self, resume: bool) -> None:
-        """Start anew, or load the newest whole checkpoint."""
+        """Start anew, or go on from the newest whole checkpoint."""
+        set_seed(self.train.seed, device_specific=True)
         self._stop = False
-        found: Path | None = None
-        failure = None
-        if self.is_main and self.checkpoints is not None and self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if resume:
-                found = checkpoint.latest(self.checkpoints)
-            elif checkpoint.steps(self.checkpoints):
-                failure = ResumeError(f"{self.folder} already holds a run up to step "
-                                      f"{checkpoint.steps(self.checkpoints)[-1]}: resume it, or choose another folder")  # fmt: skip
-        self._agree(failure)
-        found = broadcast_object_list([found])[0]
-        if found is not None:
-            self._load(found)
-        elif resume:
-            logger.warning("nothing to resume in %s: starting from the beginning", self.folder)
-        self.metrics.rewind(self.step if found is not None else -1)
-
-    def _load(self, path: Path) -> None:
-        state = checkpoint.load_state(path)
-        if state["processes"] != self.accelerator.num_processes:
-            raise ResumeError(f"{path} was written by {state['processes']} processes and this run has "
-                              f"{self.accelerator.num_processes}: each process has random numbers and a place in the "
-                              "data of its own, so start as many as before")  # fmt: skip
-        for name, now in (("train", dump(self.train)), ("optim", dump(self.optim))):
-            for key in now:
-                if state[name].get(key) != json.loads(json.dumps(now[key])):
-                    logger.warning("resuming with another %s.%s: %s, was %s", name, key, now[key], state[name].get(key))
-        load_module(self.root, checkpoint.load_packet(path, "module"))
-        load_optimizer(self.optimizer, self.root, checkpoint.load_packet(path, "optimizer"))
-        if self.accelerator.scaler is not None and state["scaler"]:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        own = checkpoint.load_packet(path, f"rank-{self.accelerator.process_index:05d}")
-        self.loader.load_state_dict(own.data["loader"])
-        self.metrics.load_state(own.part("metrics"), self.device)
-        rng.restore(own.part("rng"))
-        self.step, self._seen, self._seconds = state["step"], own.data["seen"], state["seconds"]
-        self._done = dict.fromkeys(("look", "log", "eval", "save"), self.step)
-        self.last_checkpoint = path
-
-    def _agree(self, failure: Exception | None) -> None:
-        """Raise on every process what went wrong on the first one."""
-        message = broadcast_object_list([failure and str(failure)])[0]
-        if failure is not None:
-            raise failure
-        if message is not None:
-            raise CheckpointError(message)
+        path = self._state.find(resume)
+        if path is not None:
+            self.counters = self._state.load(path)
+            self.last_checkpoint = path
+            self._done = dict.fromkeys(("look", "log", "eval", "save"), self.step)
+        self.metrics.rewind(self.step if path is not None else -1)
+        self._clock = time.perf_counter() - self.counters.seconds
+        self._window = time.perf_counter()

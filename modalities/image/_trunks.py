@@ -78,7 +78,9 @@ class TimmTrunk(nn.Module):
                 asked[i + 1] = values
         values = self.model.norm(values)
         return Encoding(
-            Tokens(values, kept.grid), pooled=self._pool(values) if full else None, layers=tuple(asked[n] for n in layers)
+            Tokens(values, kept.grid),
+            pooled=self._pool(values) if full else None,
+            layers=tuple(asked[n] for n in layers),
         )
 
     def no_weight_decay(self) -> set[str]:
@@ -112,7 +114,9 @@ class TimmTrunk(nn.Module):
     def _from_features(self, features: Any) -> Tokens:
         """What ``forward_features`` returned, in whichever layout, as tokens."""
         if not isinstance(features, Tensor):
-            raise ValueError(f"{type(self.model).__name__} returns {type(features).__name__} as features: not supported")
+            raise ValueError(
+                f"{type(self.model).__name__} returns {type(features).__name__} as features: not supported"
+            )
         B, device = len(features), features.device
         if features.ndim == 4:
             self._layout = "NHWC" if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else "NCHW"
@@ -142,4 +146,6 @@ def _is_vit(model: Any) -> bool:
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
-    return any(isinstance(model, c) and type(model).forward_features is c.forward_features for c in (VisionTransformer, Eva))
+    return any(
+        isinstance(model, c) and type(model).forward_features is c.forward_features for c in (VisionTransformer, Eva)
+    )

@@ -1,5 +1,7 @@
 """A small convolutional network for small pictures: fast on a CPU, a good first image tower.
 
+In a recipe::
+
     encoder: {type: image-cnn, size: 32, widths: [64, 128, 256], depths: [1, 1, 1]}
 """
 
@@ -35,10 +37,10 @@ class ImageCNN(ImageEncoder):
 
         widths: channels of each stage; the last is D. depths: blocks in each stage. block: "residual" is two 3 x 3
         convolutions around a shortcut (ResNet, arXiv:1512.03385, with average-pooled shortcuts, arXiv:1812.01187);
-        "convnext" is a depthwise convolution and an MLP (arXiv:2201.03545). norm: "batch", "group" (16 channels a group)
-        or "layer" (all channels and cells of a sample together). activation: of both blocks. stem_stride: 1, 2 or 4; the
-        stem's kernel is 3, 4 or 4. kernel: side of the depthwise convolution, odd. final_norm: a LayerNorm over the
-        channels of each final token.
+        "convnext" is a depthwise convolution and an MLP (arXiv:2201.03545). norm: "batch", "group" (16 channels in a
+        group) or "layer" (all channels and cells of a sample together). activation: between and after convolutions.
+        stem_stride: 1, 2 or 4; the stem's kernel is then 3, 4 or 4. kernel: side of the depthwise convolution, odd.
+        final_norm: a LayerNorm over the channels of each final token.
         """
 
         widths: tuple[Count, ...] = (64, 128, 256)
@@ -46,7 +48,7 @@ class ImageCNN(ImageEncoder):
         block: Literal["residual", "convnext"] = "residual"
         norm: Literal["batch", "group", "layer"] = "batch"
         activation: Literal["relu", "gelu", "silu"] = "gelu"
-        stem_stride: Literal[1, 2, 4] = 1
+        stem_stride: Literal[1, 2, 4] = 2
         kernel: Annotated[int, Field(ge=1)] = 7
         final_norm: bool = False
 
@@ -69,8 +71,9 @@ class ImageCNN(ImageEncoder):
         for number, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
             stride = 2 if number else 1
             if config.block == "residual":
-                blocks: list[nn.Module] = [Residual(config, before if i == 0 else width, width, stride if i == 0 else 1)
-                                           for i in range(depth)]
+                blocks: list[nn.Module] = [
+                    Residual(config, before if i == 0 else width, width, stride if i == 0 else 1) for i in range(depth)
+                ]
             else:
                 blocks = [ConvNeXt(config, width) for _ in range(depth)]
                 if number:

@@ -31,7 +31,17 @@ logger = logging.getLogger(__name__)
 MAX_PIXELS = 1 << 26  # 67 million, 200 MB as RGB; below the size at which PIL itself starts to warn
 # Only plain raster formats: PIL would also run Ghostscript on EPS, and has readers that nobody needs or hardens.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA")
-_DECODER_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 

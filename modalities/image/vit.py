@@ -1,5 +1,7 @@
 """A small vision transformer (arXiv:2010.11929) with the whole token contract.
 
+In a recipe::
+
     encoder: {type: image-vit, size: 32, patch: 4, width: 192, depth: 6, heads: 3}
 """
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmrep.encoder import BadSampleError, Encoder
-from mmrep.tokens import Grid, Inputs
+from mmrep.tokens import Encoding, Grid, Inputs, Tokens
 from mmrep.views import View
 
 SENTENCES = (
@@ -76,7 +76,7 @@ class TextEncoder(Encoder):
 
     def collate(self, items: Sequence[Inputs]) -> Inputs:
         """Pad on the right to the longest text: ``ids``, ``valid`` and ``special``, each [B, L]."""
-        return self.pad(items, max(len(item["ids"]) for item in items))
+        return self.pad(items, max((len(item["ids"]) for item in items), default=1))
 
     def pad(self, items: Sequence[Inputs], length: int) -> Inputs:
         """Pad on the right to ``length`` tokens."""
@@ -113,6 +113,24 @@ def last_special(valid: Tensor, special: Tensor) -> Tensor:
     marked = valid & special
     chosen = torch.where(marked.any(1, keepdim=True), marked, valid)
     return torch.where(chosen, places, 0).amax(1)
+
+
+def one_blank(tokens: Tokens) -> Tokens:
+    """One row of zeros in place of a batch without rows, for libraries that cannot run on none."""
+    N, D = tokens.values.shape[1:]
+    valid = torch.ones(1, N, dtype=torch.bool, device=tokens.values.device)
+    return Tokens(tokens.values.new_zeros(1, N, D), Grid.sequence(valid))
+
+
+def no_rows(encoding: Encoding) -> Encoding:
+    """An encoding without its rows; every parameter keeps a path to it, along which flow zeros."""
+    where = encoding.tokens.grid
+    empty = Grid(where.coords[:0], where.valid[:0], where.special[:0])
+    return Encoding(
+        Tokens(encoding.tokens.values[:0], empty),
+        None if encoding.pooled is None else encoding.pooled[:0],
+        tuple(layer[:0] for layer in encoding.layers),
+    )
 
 
 def read_text(raw: Any) -> str | list[str]:

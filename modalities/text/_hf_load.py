@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,8 @@ from typing import Any
 from torch import nn
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
-_PARTS = {  # composite model type → its text part
-    "clip": "CLIPTextModelWithProjection",
-    "siglip": "SiglipTextModel",
-    "siglip2": "Siglip2TextModel",
-}
+_PARTS = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel", "siglip2": "Siglip2TextModel"}
+"""Composite model type to the class of its text part."""
 FULL_LENGTH = frozenset({"siglip", "siglip2", "siglip_text_model", "siglip2_text_model"})
 """Model types that were trained without an attention mask on texts padded to full length, and read the padding."""
 
@@ -47,7 +46,9 @@ def locate(path: str) -> str:
     return str(folder)
 
 
-def load(source: str, *, revision: str | None, local_files_only: bool, projection: bool) -> tuple[nn.Module, Any, set[str]]:
+def load(
+    source: str, *, revision: str | None, local_files_only: bool, projection: bool
+) -> tuple[nn.Module, Any, set[str]]:
     """Load a pretrained text model in float32.
 
     Args:
@@ -68,10 +69,11 @@ def load(source: str, *, revision: str | None, local_files_only: bool, projectio
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     try:
         config: Any = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
-        cls, extra = _class(config, projection, source)
-        model, report = cls.from_pretrained(
-            source, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options, **extra
-        )
+        cls, config = _class(config, projection, source)
+        with _quiet():
+            model, report = cls.from_pretrained(
+                source, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
+            )
     except OSError as error:
         raise ValueError(
             f"path {source!r} cannot be loaded as a Hugging Face text model with safetensors weights (pickled weights "
@@ -92,7 +94,7 @@ def rebuild(folder: Path, *, projection: bool) -> tuple[nn.Module, Any]:
     import transformers
 
     config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    cls, _ = _class(config, projection, str(folder))
+    cls, config = _class(config, projection, str(folder))
     model: Any = transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
     return _encoder_part(model.float()), config
 
@@ -116,29 +118,50 @@ def max_length(model: Any, config: Any, tokenizer: Any) -> int:
     return smallest if smallest < 1_000_000 else 512  # "no limit" is a huge number in some tokenizers
 
 
-def _class(config: Any, projection: bool, source: str) -> tuple[Any, dict[str, Any]]:
-    """The transformers class to build, and the options that only Auto classes take."""
+def _class(config: Any, projection: bool, source: str) -> tuple[Any, Any]:
+    """The transformers class to build, and the config that is its own."""
     import transformers
 
-    architecture = (getattr(config, "architectures", None) or [""])[0]
+    projected = (getattr(config, "architectures", None) or [""])[0] != "CLIPTextModel"
     kind = config.model_type
+    if kind == "clip":
+        config.text_config.projection_dim = config.projection_dim  # the whole model goes by its own value
     if kind in _PARTS:
-        name = "CLIPTextModel" if kind == "clip" and not projection else _PARTS[kind]
-        return getattr(transformers, name), {}
-    if kind == "clip_text_model" and architecture == "CLIPTextModelWithProjection" and projection:
-        return transformers.CLIPTextModelWithProjection, {}
+        config = config.text_config
+    kind = kind.removesuffix("_text_model")
+    if kind in _PARTS:
+        name = "CLIPTextModel" if kind == "clip" and not (projection and projected) else _PARTS[kind]
+        return getattr(transformers, name), config
     if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
         raise ValueError(
             f"path {source!r} is a {kind!r} model of several modalities; hf-text knows the text part of "
             f"{', '.join(_PARTS)} only: save the text part as a model of its own and name that"
         )
-    return transformers.AutoModel, {"trust_remote_code": False}
+    return transformers.AutoModel, config
 
 
 def _encoder_part(model: Any) -> nn.Module:
     """The encoder of an encoder-decoder; anything else as it is."""
     model.config.use_cache = False
-    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+    # Not by config.is_encoder_decoder: a saved T5EncoderModel denies it, and AutoModel builds the decoder all the same.
+    both = all(isinstance(getattr(model, part, None), nn.Module) for part in ("encoder", "decoder"))
+    return model.get_encoder() if both else model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no table of unused keys from transformers; `load` checks the report itself."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
 
 
 def _check_folder(folder: Path) -> None:
@@ -147,7 +170,7 @@ def _check_folder(folder: Path) -> None:
     pickles = sorted(p.name for pattern in _PICKLES for p in folder.glob(pattern))
     if pickles:
         raise ValueError(
-            f"{str(folder)!r} holds no safetensors weights, only {', '.join(pickles[:3])}: reading a pickle can run any "
-            "program, so it is refused. Where you trust it, load it with transformers and save_pretrained it again"
+            f"{str(folder)!r} holds no safetensors weights, only {', '.join(pickles[:3])}: reading a pickle can run "
+            "any program, so it is refused. Where you trust it, load it with transformers and save_pretrained it again"
         )
     raise ValueError(f"{str(folder)!r} holds no model weights (*.safetensors)")

@@ -1,4 +1,4 @@
-"""Any Hugging Face text model: encoders (BERT, MiniLM, …), decoders (Qwen, …), T5, and the text part of CLIP and SigLIP."""
+"""Any Hugging Face text model: BERT-like encoders, decoders, the encoder of T5, the text part of CLIP and SigLIP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrep.config import config
-from mmrep.modalities.text._base import TextEncoder, grid, last_special
+from mmrep.modalities.text._base import TextEncoder, grid, last_special, no_rows, one_blank
 from mmrep.modalities.text._hf_load import FULL_LENGTH, load, locate, max_length, rebuild, without_pooler
 from mmrep.tokens import Encoding, Grid, Inputs, Tokens
 
@@ -75,20 +75,29 @@ class HFText(TextEncoder):
         self.tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
         self.pad_id = next((n for n in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if n is not None), 0)
         self.full_length = self.hf_config.model_type in FULL_LENGTH
+        if self.full_length and not config.projection:
+            self._inner.head = torch.nn.Identity()
         self.max_length = self._max_length()
-        self.depth = self.hf_config.num_hidden_layers
         hidden = self.hf_config.hidden_size
         self.width = getattr(self._projection, "out_features", hidden)
         if self.width != hidden:
             self.supports = self.supports - {"layers"}
+        self.depth = self.hf_config.num_hidden_layers if "layers" in self.supports else 0
         parameters = inspect.signature(self.model.forward).parameters
+        self._is_clip = self.hf_config.model_type == "clip_text_model"
         self._takes_embeddings = "inputs_embeds" in parameters
 
     @property
     def _projection(self) -> torch.nn.Module | None:
         """The linear map into the checkpoint's joint space: CLIP's text_projection, SigLIP's head."""
-        inner = getattr(self.model, "text_model", self.model)
-        return getattr(self.model, "text_projection", None) or (getattr(inner, "head", None) if self.full_length else None)
+        if self.full_length:
+            return self._inner.head
+        return getattr(self.model, "text_projection", None)
+
+    @property
+    def _inner(self) -> Any:
+        """The model without a class that transformers puts around it in some versions."""
+        return getattr(self.model, "text_model", self.model)
 
     def _max_length(self) -> int:
         limit = max_length(self.model, self.hf_config, self.tokenizer)
@@ -121,39 +130,40 @@ class HFText(TextEncoder):
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Run the model on input embeddings; see `Encoder.encode`."""
         self.check_request(keep, layers)
+        if not len(tokens.values):
+            return no_rows(self.encode(one_blank(tokens), layers=layers))
         if self._takes_embeddings:
             return self._run(tokens.grid, layers, inputs_embeds=tokens.values)
-        # CLIP and SigLIP take ids only: give them stand-ins, and the real embeddings where they look the ids up.
+        # CLIP and SigLIP take ids only: give them any, and the real embeddings where they look the ids up.
         handle = self._embedding.register_forward_hook(lambda *_: tokens.values)
         try:
-            return self._run(tokens.grid, layers, input_ids=self._stand_ins(tokens.grid))
+            return self._run(tokens.grid, layers, input_ids=torch.zeros_like(tokens.grid.valid, dtype=torch.long))
         finally:
             handle.remove()
 
     def forward(self, inputs: Inputs) -> Encoding:
         """Run the model on ids."""
+        if not len(inputs["ids"]):
+            return no_rows(self.forward({key: value.new_ones(1, value.shape[1]) for key, value in inputs.items()}))
         return self._run(grid(inputs), (), input_ids=inputs["ids"])
 
     def _run(self, where: Grid, layers: Sequence[int], **values: Tensor) -> Encoding:
         mask = None if self.full_length else where.valid.long()
         out = self.model(attention_mask=mask, output_hidden_states=bool(layers), return_dict=True, **values)
-        hidden, pooled = out.last_hidden_state, getattr(out, "text_embeds", None)
-        if pooled is None:
+        hidden = out.last_hidden_state if self._projection is None else self._projection(out.last_hidden_state)
+        if self._is_clip:
+            # Not the library's choice, which looks for the largest id, or for an id that the config may have wrong, and
+            # reads token 0 where it finds none.
+            end = last_special(where.valid, where.special)
+            pooled = hidden[torch.arange(len(hidden), device=hidden.device), end]
+        else:
             pooled = getattr(out, "pooler_output", None)
-        if self._projection is not None:
-            hidden = self._projection(hidden)
         picked = tuple(out.hidden_states[n] for n in layers) if layers else ()
         return Encoding(Tokens(hidden, where), pooled, picked)
 
     @property
     def _embedding(self) -> torch.nn.Module:
         return self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
-
-    def _stand_ins(self, where: Grid) -> Tensor:
-        """Ids [B, L] in which CLIP's search for the end token finds the right place."""
-        end = getattr(self.hf_config, "eos_token_id", None) or 0
-        ids = torch.full_like(where.valid, 0 if end else 1, dtype=torch.long)
-        return ids.scatter(1, last_special(where.valid, where.special)[:, None], end)
 
     def save_files(self, folder: Path) -> None:
         """Write the tokenizer and the model's own config.json, without the path that it came from."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -76,7 +76,7 @@ class TextTransformer(TextEncoder):
         nn.init.normal_(self.positions, std=0.01)
 
     @classmethod
-    def fit(cls, config: TextTransformerConfig, samples: Sequence[Any], folder: Path) -> TextTransformerConfig:
+    def fit(cls, config: TextTransformerConfig, samples: Iterable[Any], folder: Path) -> None:
         """Learn the sentencepiece model from the training texts, into ``folder/tokenizer.model``.
 
         Raises:
@@ -87,7 +87,6 @@ class TextTransformer(TextEncoder):
                 samples, folder, algorithm=config.algorithm, vocab_size=config.vocab_size, lowercase=config.lowercase,
                 character_coverage=config.character_coverage,
             )  # fmt: skip
-        return config
 
     def token_ids(self, text: str) -> tuple[list[int], list[bool]]:
         """Begin, the text's ids cut to fit, end."""

@@ -41,7 +41,12 @@ def inputs(n: int, dim: int, scale: float) -> tuple[Tensor, Tensor, Tensor, Tens
     generator = torch.Generator().manual_seed(0)
     a = F.normalize(torch.randn(n, dim, generator=generator), dim=1)
     b = F.normalize(a + torch.randn(n, dim, generator=generator) / dim**0.5, dim=1)  # pairs are alike, as in training
-    return a.requires_grad_(), b.requires_grad_(), torch.tensor(scale).requires_grad_(), torch.tensor(-10.0).requires_grad_()
+    return (
+        a.requires_grad_(),
+        b.requires_grad_(),
+        torch.tensor(scale).requires_grad_(),
+        torch.tensor(-10.0).requires_grad_(),
+    )
 
 
 def step(loss: Contestant, arguments: tuple[Tensor, ...]) -> float:
@@ -70,7 +75,18 @@ def kibibytes(field: str) -> int:
 
 
 def peak_in_subprocess(name: str, n: int, dim: int, threads: int) -> float:
-    command = [sys.executable, __file__, "--memory-of", name, "--n", str(n), "--dim", str(dim), "--threads", str(threads)]
+    command = [
+        sys.executable,
+        __file__,
+        "--memory-of",
+        name,
+        "--n",
+        str(n),
+        "--dim",
+        str(dim),
+        "--threads",
+        str(threads),
+    ]
     return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
 
 
@@ -94,7 +110,10 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, loss in losses.items():
             seconds[name].append(step(loss, arguments))
-    print(f"torch {torch.__version__}, {options.threads} thread(s), N={options.n}, D={options.dim}, scale {options.scale:g}")
+    print(
+        f"torch {torch.__version__}, {options.threads} thread(s), "
+        f"N={options.n}, D={options.dim}, scale {options.scale:g}"
+    )
     for ours, theirs in (("mmrep info_nce", "open_clip ClipLoss"), ("mmrep siglip", "open_clip SigLipLoss")):
         ratios = sorted(x / y for x, y in zip(seconds[ours], seconds[theirs], strict=True))
         peaks = [peak_in_subprocess(name, options.n, options.dim, options.threads) for name in (ours, theirs)]

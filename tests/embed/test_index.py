@@ -120,6 +120,7 @@ def test_repeated_ids_are_named_and_nothing_is_added():
     with pytest.raises(ValueError, match=r"'r1', 'new'$"):
         index.add(vectors(4), [{"id": "fresh"}, {"id": "r1"}, {"id": "new"}, {"id": "new"}])
     assert index.ids == ["r0", "r1", "r2"]
+    assert "fresh" not in index
     assert len(index.search(vectors(1), k=9)[0]) == 3
     with pytest.raises(ValueError, match="'1'"):
         Index.build(vectors(2), [{"id": 1}, {"id": "1"}])
@@ -283,7 +284,7 @@ def test_kill_at_any_moment_leaves_a_whole_index(saved):
         "        index.save(sys.argv[1]); print('.', flush=True)\n"
     )
     sizes = set()
-    for pause in (0.0, 0.001, 0.002, 0.004):
+    for pause in (0.0, 0.001, 0.003):
         with subprocess.Popen([sys.executable, "-c", code, saved], stdout=subprocess.PIPE) as process:
             assert process.stdout is not None
             process.stdout.readline()

@@ -10,12 +10,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmrep.report.data import PairSet, ReportData
+from mmrep.report.page import write_report
 
 if TYPE_CHECKING:
     from mmrep.run import Run
 
 _PACKAGES = ("mmrep", "torch", "torchvision", "accelerate", "transformers", "open_clip_torch", "timm", "datasets",
              "safetensors", "numpy", "pillow", "scikit-learn", "faiss-cpu")  # fmt: skip
+
+
+def report_run(folder: Path | str, out: Path | None = None) -> Path:
+    """Write the page of a run folder.
+
+    Args:
+        folder: the run folder.
+        out: the file; ``report.html`` in the run folder if it is not given.
+
+    Raises:
+        ConfigError: the folder holds no run.
+    """
+    from mmrep.run import open_run
+
+    run = open_run(folder)
+    return write_report(read_run(run), out or Path(folder) / "report.html")
 
 
 def read_run(run: Run) -> ReportData:
@@ -28,7 +45,7 @@ def read_run(run: Run) -> ReportData:
     """
     assert run.folder is not None, "a dry run has nothing to report"
     folder = run.folder
-    evaluation, quarantine = folder / "evaluation.json", folder / "quarantine.jsonl"
+    evaluation = folder / "evaluation.json"
     return ReportData(
         title=folder.resolve().name,
         about=run.recipe.about,
@@ -36,7 +53,7 @@ def read_run(run: Run) -> ReportData:
         versions=versions(),
         metrics=_lines(folder / "metrics.jsonl"),
         evaluations=json.loads(evaluation.read_text(encoding="utf-8")) if evaluation.is_file() else {},
-        quarantined=dict(Counter(str(line["cause"]) for line in _lines(quarantine))),
+        quarantined=_causes(folder / "quarantine.jsonl"),
         temperatures=_temperatures(run),
         sets=_sets(run),
     )
@@ -69,6 +86,12 @@ def _sets(run: Run) -> list[PairSet]:
         PairSet(name=name, encoded=run.encoded(name), fields=between, preview=preview)
         for (name, _), between in wanted.items()
     ]
+
+
+def _causes(path: Path) -> dict[str, int]:
+    """Distinct samples by cause; several processes may have listed the same one."""
+    listed = {(line["id"], line.get("field")): str(line["cause"]) for line in _lines(path)}
+    return dict(Counter(listed.values()))
 
 
 def _temperatures(run: Run) -> dict[str, dict[str, float]]:

@@ -1,0 +1,59 @@
+"""ruff, pyright and import-linter are part of the tests, so that the rules cannot drift."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*command: str) -> None:
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}{done.stderr}"
+
+
+def script(name: str) -> str:
+    return str(Path(sys.executable).parent / name)
+
+
+def test_ruff_check():
+    run(script("ruff"), "check", ".")
+
+
+def test_ruff_format():
+    run(script("ruff"), "format", "--check", ".")
+
+
+def test_import_rules():
+    run(script("lint-imports"), "--no-cache")
+
+
+def test_pyright():
+    run(script("pyright"), "--pythonpath", sys.executable)
+
+
+def test_no_modality_imports_another():
+    modalities = [p.name for p in (ROOT / "modalities").iterdir() if p.is_dir() and (p / "__init__.py").is_file()]
+    assert len(modalities) >= 2
+    for name in modalities:
+        for path in (ROOT / "modalities" / name).rglob("*.py"):
+            for other in set(modalities) - {name}:
+                assert f"mmrep.modalities.{other}" not in path.read_text(), f"{path} imports {other}"
+
+
+def test_the_core_names_no_modality():
+    for path in (ROOT / "mmrep").rglob("*.py"):
+        inside = path.relative_to(ROOT / "mmrep").parts[0]
+        if inside not in ("modalities", "recipes"):
+            assert "mmrep.modalities." not in path.read_text(), f"{path} imports a modality"
+
+
+@pytest.mark.parametrize("word", ["pickle.load", "torch.load(", "trust_remote_code=True"])
+def test_nothing_loads_pickles_or_remote_code(word):
+    for folder in ("mmrep", "modalities"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert word not in path.read_text(), f"{path} has {word}"

@@ -1,0 +1,149 @@
+"""A whole run on a tiny world: it learns, it resumes, it quarantines, it refuses, it is found again."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import mmrep
+from mmrep.config import ConfigError
+from mmrep.data.quarantine import TooManyBadSamples
+from mmrep.recipe import read_recipe
+from mmrep.run import Run, open_run
+from tests.world import make_world, write_recipe
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    run = Run(read_recipe(str(write_recipe(folder))), folder / "run")
+    return run, run.train(command="mmrep train recipe.yaml")
+
+
+def figures(results, name, who, direction=None):
+    return next(r for r in results[name]["rows"] if r["who"] == who and r.get("direction") == direction)
+
+
+def test_it_learns_far_above_chance_and_above_the_untrained_model(trained):
+    _, results = trained
+    for direction in ("caption→image", "image→caption"):
+        model, before, chance = (figures(results, "retrieval", w, direction)["R@1"] for w in ("model", "untrained", "chance"))
+        assert chance == pytest.approx(1 / 16)
+        assert model > 5 * chance
+        assert model > before
+
+
+def test_every_kind_of_evaluation_reports_the_model_beside_its_reference(trained):
+    _, results = trained
+    assert figures(results, "zero-shot", "chance")["top1"] == pytest.approx(0.25)
+    assert figures(results, "knn", "model")["accuracy"] > figures(results, "knn", "majority class")["accuracy"]
+    assert figures(results, "probe", "model")["accuracy"] > figures(results, "probe", "majority class")["accuracy"]
+    assert json.loads((trained[0].folder / "evaluation.json").read_text()) == json.loads(json.dumps(results))
+
+
+def test_the_run_folder_opens_to_the_same_model_and_figures(trained):
+    run, results = trained
+    again = open_run(run.folder)
+    assert again.recipe == run.recipe
+    assert json.loads(json.dumps(again.evaluate(["retrieval"]))) == {"retrieval": json.loads(json.dumps(results))["retrieval"]}
+
+
+def test_the_saved_model_embeds_like_the_trained_one(trained):
+    run, _ = trained
+    model = mmrep.load(run.folder / "model")
+    a = model.encode({"image": [run.folder.parent / "red-disc-1.png"], "text": ["a red disc", "a blue bar"]})
+    assert model.similarity(a["image"], a["text"]).argmax().item() == 0
+    card = (run.folder / "model" / "README.md").read_text()
+    assert "mmrep train recipe.yaml" in card
+    assert "caption→image" in card
+
+
+def test_metrics_are_written_and_the_loss_goes_down(trained):
+    lines = [json.loads(line) for line in (trained[0].folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(5, 61, 5))
+    assert lines[-1]["loss"] < 0.7 * lines[0]["loss"]
+    assert {"lr", "grad_norm", "scale/default", "contrastive/loss", "epoch"} <= set(lines[0])
+
+
+def test_the_untrained_model_is_the_same_every_time(trained):
+    a, b = trained[0].untrained(), open_run(trained[0].folder).untrained()
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten_nor_mixed(trained, tmp_path):
+    run, _ = trained
+    with pytest.raises(ConfigError, match="holds a run already: add --resume"):
+        Run(run.recipe, run.folder).train()
+    other = read_recipe(str(run.folder), ["optim.lr=0.1"])
+    with pytest.raises(ConfigError, match=r"optim\.lr: 0\.005 there, 0\.1 here"):
+        Run(other, run.folder).train(resume=True)
+    (tmp_path / "precious.txt").write_text("x")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        Run(run.recipe, tmp_path).train()
+
+
+def test_resuming_a_run_gives_the_weights_and_metrics_of_a_straight_one(trained, tmp_path, monkeypatch):
+    run, _ = trained
+    folder = tmp_path / "run"
+    first = Run(run.recipe, folder)
+    stop_at(monkeypatch, 33)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    monkeypatch.undo()
+    Run(run.recipe, folder).train(resume=True)
+    a, b = (mmrep.load(f / "model").state_dict() for f in (run.folder, folder))
+    assert all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+    timing = ("seconds", "samples_per_second")
+    kept = [[{k: v for k, v in json.loads(line).items() if k not in timing} for line in (f / "metrics.jsonl").read_text().splitlines()]
+            for f in (run.folder, folder)]  # fmt: skip
+    assert kept[0] == kept[1]
+
+
+def stop_at(monkeypatch, step):
+    from mmrep.objectives.root import Root
+
+    seen = []
+    original = Root.after_optimizer_step
+
+    def stop(self):
+        original(self)
+        seen.append(1)
+        if len(seen) == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Root, "after_optimizer_step", stop)
+
+
+def test_broken_samples_are_skipped_counted_and_written(tmp_path):
+    folder = make_world(tmp_path, broken=3)
+    path = write_recipe(folder)
+    Run(read_recipe(str(path), ["train.steps=6", "data.max_bad=0.2", "evaluations={}"]), folder / "run").train()
+    lines = [json.loads(line) for line in (folder / "run" / "quarantine.jsonl").read_text().splitlines()]
+    assert {line["id"] for line in lines} == {"broken-0", "broken-1", "broken-2"}
+    assert {line["field"] for line in lines} == {"image"}
+
+
+def test_too_many_broken_samples_stop_the_run_with_their_causes(tmp_path):
+    folder = make_world(tmp_path, broken=10)
+    path = write_recipe(folder)
+    with pytest.raises(TooManyBadSamples, match="10"):
+        Run(read_recipe(str(path), ["train.steps=50", "data.max_bad=0.05"]), folder / "run").train()
+
+
+def test_a_missing_column_is_named_before_anything_is_trained(tmp_path):
+    folder = make_world(tmp_path)
+    recipe = read_recipe(str(write_recipe(folder)), ["data.fields={image: image, captoin: text}",
+                                                     "objectives[0].pairs[0].between=[image, captoin]", "evaluations={}"])  # fmt: skip
+    with pytest.raises(ConfigError, match=r"captoin.*did you mean 'caption'"):
+        Run(recipe, folder / "run").train()
+
+
+def test_a_frozen_tower_with_a_caption_view_trains_from_its_memo(tmp_path):
+    folder = make_world(tmp_path)
+    path = write_recipe(folder)
+    overrides = ["train.steps=4", "model.towers.text.frozen=true", "data.views={caption: [text-choice]}", "data.cache=true"]
+    results = Run(read_recipe(str(path), overrides), folder / "run").train()
+    assert np.isfinite(figures(results, "retrieval", "model", "caption→image")["R@5"])

@@ -1,0 +1,78 @@
+"""The trainer with the real root and the real loader: towers with dropout, a frozen tower's memo, InfoNCE, workers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmrep.config import component
+from mmrep.data.loader import BatchLoader
+from mmrep.data.reader import Reader
+from mmrep.data.records import Records
+from mmrep.model import Model, ModelConfig, TowerConfig
+from mmrep.objectives.root import Root
+from mmrep.schedules import Schedule
+from mmrep.training.contracts import Callback, TrainConfig
+from mmrep.training.optim import OptimConfig
+from mmrep.training.trainer import Trainer
+from tests import toys  # noqa: F401: registers the encoder
+from tests.training.toys import lines, tensors
+
+
+def build(folder, *, workers=0, seed=0, callbacks=(), steps=12):
+    generator = torch.Generator().manual_seed(1)
+    columns = {name: [torch.randn(1 + i % 3, generator=generator).tolist() for i in range(21)] for name in "xy"}
+    columns["x"][4] = None  # missing
+    columns["y"][9] = "broken"
+    columns["id"] = [f"s{i}" for i in range(21)]
+    towers = {
+        "a": TowerConfig(encoder=component("encoders", "toy", dropout=0.2)),
+        "b": TowerConfig(encoder=component("encoders", "toy"), frozen=True),
+    }
+    torch.manual_seed(seed)
+    model = Model(ModelConfig(dim=5, towers=towers))
+    fields = {"x": "a", "y": "b"}
+    chosen = [component("objectives", "contrastive", pairs=[{"between": ["x", "y"]}])]
+    reader = Reader({f: model.tower(t).encoder for f, t in fields.items()}, memoised={"y"})
+    loader = BatchLoader(Records.from_lists(**columns), reader, batch_size=4, workers=workers, seed=2)
+    return Trainer(
+        Root(model, chosen, fields=fields, views={}), loader,
+        train=TrainConfig(steps=steps, precision="fp32", log_every=2, save_every=3),
+        optim=OptimConfig(lr=0.01, schedule=Schedule(warmup=2)), folder=folder, callbacks=callbacks,
+    )  # fmt: skip
+
+
+class Kill(Callback):
+    def __init__(self, at):
+        self.at = at
+
+    def on_step_end(self, trainer, step):
+        if step == self.at:
+            raise InterruptedError
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight")
+    trainer = build(folder)
+    trainer.fit()
+    return trainer, folder
+
+
+@pytest.mark.parametrize(("workers", "cut"), [(0, 5), (0, 7), (0, 11), (2, 8)])
+def test_resume_is_bitwise(tmp_path, straight, workers, cut):
+    first, folder = straight
+    with pytest.raises(InterruptedError):
+        build(tmp_path, workers=workers, callbacks=[Kill(cut)]).fit()
+    resumed = build(tmp_path, workers=workers, seed=9)
+    resumed.fit(resume=True)
+    a, b = tensors(first), tensors(resumed)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+    assert lines(tmp_path) == lines(folder)
+
+
+def test_lines_name_objectives_and_temperatures(straight):
+    last = lines(straight[1])[-1]
+    assert {"loss", "contrastive/loss", "contrastive/x-y", "scale/default", "grad_norm", "lr"} <= set(last)
+    assert last["loss"] == pytest.approx(last["contrastive/loss"])
