@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmrep.embed.index import Index as Index
+    from mmrep.embed.search import open_search as open_search
     from mmrep.encoder import BadSampleError as BadSampleError
     from mmrep.encoder import Encoder as Encoder
-    from mmrep.embed.search import open_search as open_search
     from mmrep.hub.folder import load as load
     from mmrep.model import Model as Model
     from mmrep.model import ModelConfig as ModelConfig

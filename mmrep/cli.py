@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mmrep.run import Results, Run
+    from mmrep.run import Results
 
 app = typer.Typer(
     name="mmrep", help="Any kind of data in one embedding space.", no_args_is_help=True, add_completion=False,
@@ -33,7 +33,9 @@ def train(
     out: Annotated[Path | None, typer.Option(help="Run folder; default runs/<recipe>.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps on a few samples, to see that it runs.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the resolved config and shapes; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the resolved config and shapes; train nothing.")
+    ] = False,
 ) -> None:
     """Train a recipe, then evaluate it. Under torchrun or accelerate launch, on several processes."""
     from mmrep.recipe import read_recipe
@@ -66,7 +68,9 @@ def evaluate(
 
 @app.command()
 def encode(
-    inputs: Annotated[list[str], typer.Argument(help="Values: files or texts, as the modality reads them; - = lines of stdin.")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Values: files or texts, as the modality reads them; - = lines of stdin.")
+    ],
     model: ModelName,
     out: Annotated[Path, typer.Option(help="Where to write the embeddings, .npy float32 [n, dim].")],
     modality: Annotated[str | None, typer.Option(help="Tower or modality; needed if the model has several.")] = None,
@@ -111,7 +115,9 @@ def index(
 def search(
     where: Annotated[Path, typer.Argument(help="Index folder, or a run folder or folder of files that holds `index`.")],
     query: Annotated[str, typer.Argument(help="A text, or the path of a file.")],
-    modality: Annotated[str | None, typer.Option(help="What the query is; default: image for an existing file, else text.")] = None,
+    modality: Annotated[
+        str | None, typer.Option(help="What the query is; default: image for an existing file, else text.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="How many results.")] = 5,
 ) -> None:
     """Search an index with a text or with a file."""
@@ -213,8 +219,18 @@ def main() -> None:
 
 def _is_for_people(error: Exception) -> bool:
     """Whether the message alone helps the user; a traceback is kept for everything unexpected."""
-    modules = ("mmrep.config", "mmrep.registry", "mmrep.encoder", "mmrep.hub", "mmrep.training.errors", "mmrep.embed", "mmrep.data")
-    return type(error).__module__.startswith(modules) or hasattr(error, "format_message")  # the latter: of the shell itself
+    modules = (
+        "mmrep.config",
+        "mmrep.registry",
+        "mmrep.encoder",
+        "mmrep.hub",
+        "mmrep.training.errors",
+        "mmrep.embed",
+        "mmrep.data",
+    )
+    return type(error).__module__.startswith(modules) or hasattr(
+        error, "format_message"
+    )  # the latter: of the shell itself
 
 
 def _message(error: Exception) -> str:

@@ -213,14 +213,17 @@ def _container(hint: Any, value: Any, path: str, item: Callable[[Any, str], Any]
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
             raise ConfigError([f"{path}: expected a list, got {value!r}"])
-        parts = _collect({i: v for i, v in enumerate(cast("list[Any]", value))},
-                         lambda v, i: _container(args[0], v, f"{path}[{i}]", item))
+        parts = _collect(
+            {i: v for i, v in enumerate(cast("list[Any]", value))},
+            lambda v, i: _container(args[0], v, f"{path}[{i}]", item),
+        )
         return tuple(parts.values()) if origin is tuple else list(parts.values())
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError([f"{path}: expected a mapping of names, got {value!r}"])
-        return _collect(dict(cast("Mapping[str, Any]", value)),
-                        lambda v, k: _container(args[1], v, _join(path, str(k)), item))
+        return _collect(
+            dict(cast("Mapping[str, Any]", value)), lambda v, k: _container(args[1], v, _join(path, str(k)), item)
+        )
     if origin is Annotated:
         return _value(hint, value, path)
     if item is not None:

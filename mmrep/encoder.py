@@ -146,7 +146,7 @@ class Encoder(nn.Module):
 
 
 def unsupported(encoder: Encoder, capability: str) -> str:
-    """The message for a capability that ``encoder`` lacks: it names registered encoders of its modality that have it."""
+    """The message for a capability that ``encoder`` lacks; it names encoders of its modality that have it."""
     from mmrep.registry import encoders
 
     able = [

@@ -132,7 +132,9 @@ class AttentionPool(Pool):
         """Encoding with tokens [B, N, width] to [B, width]."""
         tokens = encoding.tokens
         query = self.query.expand(len(tokens.values), -1, -1).to(tokens.values.dtype)
-        out, _ = self.attention(query, tokens.values, tokens.values, key_padding_mask=~tokens.grid.valid, need_weights=False)
+        out, _ = self.attention(
+            query, tokens.values, tokens.values, key_padding_mask=~tokens.grid.valid, need_weights=False
+        )
         return out[:, 0]
 
 
@@ -191,7 +193,11 @@ class MLP(Projector):
         super().__init__()
         hidden = config.hidden or 2 * dim
         self.layers = nn.Sequential(
-            nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(hidden, dim)
+            nn.Linear(width, hidden),
+            nn.LayerNorm(hidden),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(hidden, dim),
         )
         self.shortcut = nn.Linear(width, dim, bias=False) if config.shortcut else None
 

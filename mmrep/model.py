@@ -90,7 +90,7 @@ class Temperature(nn.Module):
 
     @torch.no_grad()
     def clamp_(self) -> None:
-        """Apply the bounds. Called after each optimizer step; never inside forward, where it would kill the gradient."""
+        """Apply the bounds, after each optimizer step; inside forward they would kill the gradient."""
         lowest = min(self.config.min_scale, self._start)
         highest = None if self.config.max_scale is None else max(self.config.max_scale, self._start)
         self.log_scale.clamp_(math.log(lowest), None if highest is None else math.log(highest))

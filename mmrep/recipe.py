@@ -71,20 +71,28 @@ class Recipe:
         modalities = [getattr(tower.encoder.cls, "modality", None) for tower in towers.values()]
         for column, name in self.data.fields.items():
             if name not in towers and modalities.count(name) != 1:
-                problems.append(f"data.fields.{column}: no tower {name!r}{near(name, towers)} Towers: {', '.join(towers)}")
+                problems.append(
+                    f"data.fields.{column}: no tower {name!r}{near(name, towers)} Towers: {', '.join(towers)}"
+                )
         for column in self.data.views:
             if column not in self.data.fields:
-                problems.append(f"data.views.{column}: unknown field{near(column, self.data.fields)} "
-                                f"Fields: {', '.join(self.data.fields)}")
+                problems.append(
+                    f"data.views.{column}: unknown field{near(column, self.data.fields)} "
+                    f"Fields: {', '.join(self.data.fields)}"
+                )
         for name in self.monitor:
             if name not in self.evaluations:
-                problems.append(f"monitor: unknown {name!r}{near(name, self.evaluations)} "
-                                f"Evaluations: {', '.join(self.evaluations)}")
+                problems.append(
+                    f"monitor: unknown {name!r}{near(name, self.evaluations)} "
+                    f"Evaluations: {', '.join(self.evaluations)}"
+                )
         for name, chosen in self.evaluations.items():
             source = getattr(chosen.config, "data", None)
             if source is not None and source not in self.data.evaluation:
-                problems.append(f"evaluations.{name}.data: unknown {source!r}{near(source, self.data.evaluation)} "
-                                f"data.evaluation has: {', '.join(self.data.evaluation) or 'nothing'}")
+                problems.append(
+                    f"evaluations.{name}.data: unknown {source!r}{near(source, self.data.evaluation)} "
+                    f"data.evaluation has: {', '.join(self.data.evaluation) or 'nothing'}"
+                )
         if problems:
             raise ConfigError(problems)
 

@@ -58,7 +58,7 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise MissingPackageError(
-            f"{module} needs the package {error.name!r}, which is not installed: pip install \"mmrep[{extra}]\""
+            f'{module} needs the package {error.name!r}, which is not installed: pip install "mmrep[{extra}]"'
         ) from error
 
 
@@ -109,7 +109,9 @@ class Registry:
         found = self._entry_points().get(name)
         if found is None:
             names = self.names()
-            raise UnknownNameError(f"unknown {self.noun} {name!r}{near(name, names)} Known: {', '.join(names) or 'none'}")
+            raise UnknownNameError(
+                f"unknown {self.noun} {name!r}{near(name, names)} Known: {', '.join(names) or 'none'}"
+            )
         if len(found) > 1:
             owners = ", ".join(f"{_owner(point)} ({point.value})" for point in found)
             raise DuplicateNameError(f"{self.noun} {name!r} is claimed by {owners}; uninstall one of them")

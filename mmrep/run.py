@@ -24,6 +24,7 @@ from mmrep.data.limited import Limited
 from mmrep.data.loader import BatchLoader
 from mmrep.data.quarantine import Quarantine
 from mmrep.data.reader import Reader
+from mmrep.data.sample import Sample
 from mmrep.data.source import Source
 from mmrep.evaluate.encoded import EncodedSet, encode_source
 from mmrep.evaluate.evaluation import Bench, Row
@@ -67,7 +68,9 @@ class Run:
         """A held-out source of ``data.evaluation``."""
         known = self.recipe.data.evaluation
         if name not in known:
-            raise ConfigError([f"no held-out source {name!r}{near(name, known)} data.evaluation has: {', '.join(known)}"])
+            raise ConfigError(
+                [f"no held-out source {name!r}{near(name, known)} data.evaluation has: {', '.join(known)}"]
+            )
         return self._source(f"data.evaluation.{name}", known[name])
 
     @cached_property
@@ -99,7 +102,11 @@ class Run:
         results: Results = {}
         for name in names or list(chosen):
             rows: list[Row] = chosen[name].build().run(bench)
-            results[name] = {"type": chosen[name].type, "data": getattr(chosen[name].config, "data", None), "rows": rows}
+            results[name] = {
+                "type": chosen[name].type,
+                "data": getattr(chosen[name].config, "data", None),
+                "rows": rows,
+            }
         return results
 
     def train(self, *, resume: bool = False, command: str = "") -> Results:
@@ -213,7 +220,8 @@ class Run:
             missing = [f for f in self.recipe.data.fields if f not in columns]
             if path == "data.train" and missing:
                 raise ConfigError([
-                    f"data.fields.{field}: {path} has no column {field!r}{near(field, columns)} Columns: {', '.join(columns)}"
+                    f"data.fields.{field}: {path} has no column {field!r}{near(field, columns)} "
+                    f"Columns: {', '.join(columns)}"
                     for field in missing
                 ])  # fmt: skip
         return Limited(source, SMOKE_SAMPLES) if self.smoke else source
@@ -224,10 +232,14 @@ class Run:
         config = self.folder / "config.yaml"
         if config.is_file():
             if not resume:
-                raise ConfigError([f"{self.folder} holds a run already: add --resume to go on, or choose another --out"])
+                raise ConfigError(
+                    [f"{self.folder} holds a run already: add --resume to go on, or choose another --out"]
+                )
             before = read_recipe(str(config))
             if recipe_json(before) != recipe_json(self.recipe):
-                raise ConfigError([f"{config} differs from the recipe given: {', '.join(_differences(before, self.recipe))}"])
+                raise ConfigError(
+                    [f"{config} differs from the recipe given: {', '.join(_differences(before, self.recipe))}"]
+                )
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise ConfigError([f"{self.folder} is not empty and holds no run; choose another --out"])
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -240,7 +252,8 @@ class Run:
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
         model.save_pretrained(
-            fresh, model_card_kwargs={"results": results_markdown(results), "data": self.recipe.about, "recipe": command}
+            fresh,
+            model_card_kwargs={"results": results_markdown(results), "data": self.recipe.about, "recipe": command},
         )
         if final.exists():
             os.rename(final, old)
@@ -280,7 +293,7 @@ class _Column:
     def __iter__(self) -> Any:
         names = [f for f, t in self.run.recipe.data.fields.items() if t == self.tower]
         for sample in islice(self.run.train_source.stream(), _FIT_SAMPLES):
-            for name in names:
+            for name in names if isinstance(sample, Sample) else ():
                 if sample.fields.get(name) is not None:
                     yield sample.fields[name]
 
@@ -293,7 +306,9 @@ def open_run(folder: Path | str) -> Run:
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
-        raise ConfigError([f"{str(folder)!r} is no run folder: it has no config.yaml. `mmrep train … --out {folder}` makes one"])
+        raise ConfigError(
+            [f"{str(folder)!r} is no run folder: it has no config.yaml. `mmrep train … --out {folder}` makes one"]
+        )
     return Run(read_recipe(str(folder)), folder)
 
 
@@ -322,11 +337,17 @@ def _on_device(view: View | None) -> bool:
 def _differences(a: Recipe, b: Recipe) -> list[str]:
     def flat(value: Any, path: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
-            return {k: v for key, part in value.items() for k, v in flat(part, f"{path}.{key}" if path else key).items()}
+            return {
+                k: v for key, part in value.items() for k, v in flat(part, f"{path}.{key}" if path else key).items()
+            }
         return {path: value}
 
     left, right = flat(dump(a)), flat(dump(b))
-    return [f"{k}: {left.get(k)!r} there, {right.get(k)!r} here" for k in sorted({*left, *right}) if left.get(k) != right.get(k)][:8]
+    return [
+        f"{k}: {left.get(k)!r} there, {right.get(k)!r} here"
+        for k in sorted({*left, *right})
+        if left.get(k) != right.get(k)
+    ][:8]
 
 
 def _scratch() -> Path:

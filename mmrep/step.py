@@ -62,11 +62,13 @@ class Step:
     def tower(self, field: str) -> Tower:
         """The tower that reads ``field``."""
         if field not in self._fields:
-            raise UnknownNameError(f"unknown field {field!r}{near(field, self._fields)} Known: {', '.join(self._fields)}")
+            raise UnknownNameError(
+                f"unknown field {field!r}{near(field, self._fields)} Known: {', '.join(self._fields)}"
+            )
         return self.model.tower(self._fields[field])
 
     def present(self, field: str) -> Tensor:
-        """bool [B]: which samples have this field."""
+        """Bool [B]: which samples have this field."""
         self.tower(field)
         known = self.batch.present.get(field)
         return torch.zeros(len(self.batch), dtype=torch.bool, device=self.model.device) if known is None else known

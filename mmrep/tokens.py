@@ -44,7 +44,9 @@ class Grid:
             )
 
     @classmethod
-    def regular(cls, batch: int, shape: tuple[int, ...], *, special: int = 0, device: torch.device | None = None) -> Grid:
+    def regular(
+        cls, batch: int, shape: tuple[int, ...], *, special: int = 0, device: torch.device | None = None
+    ) -> Grid:
         """A full grid of ``shape``, in raster order, behind ``special`` leading special tokens."""
         axes = [torch.arange(n, dtype=torch.float32, device=device) for n in shape]
         coords = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1).reshape(-1, len(shape))

@@ -72,6 +72,16 @@ def test_padding_changes_nothing_and_stays_finite(causal: bool) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_no_row_of_a_mask_is_empty(causal: bool) -> None:
+    """Attention over nothing is zero on some backends and NaN on others, so no query may see no key."""
+    valid = torch.tensor([[False, False, False], [True, True, False], [False, True, False]])
+    mask = Transformer(8, 1, 2, causal=causal)._mask(3, valid, None)
+    assert mask is not None
+    assert mask.expand(3, 1, 3, 3).any(-1).all()
+    assert not mask.expand(3, 1, 3, 3)[1, 0, 1, 2]
+
+
 def test_causal_attention_goes_by_order_not_by_storage() -> None:
     model = randomised(Transformer(8, 2, 2, causal=True))
     values, shuffle = torch.randn(1, 6, 8), torch.tensor([4, 0, 5, 2, 1, 3])

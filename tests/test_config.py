@@ -52,7 +52,9 @@ def test_yaml_1e_minus_3_is_a_float():
 
 
 def test_unknown_key_names_path_near_match_and_allowed():
-    assert problems({"lr": 1, "inner": {"sise": 3}}) == ["inner.sise: unknown; did you mean 'size'? Allowed: size, mode"]
+    assert problems({"lr": 1, "inner": {"sise": 3}}) == [
+        "inner.sise: unknown; did you mean 'size'? Allowed: size, mode"
+    ]
 
 
 def test_unknown_key_in_a_list_names_the_index():
@@ -93,7 +95,9 @@ def test_component_may_be_written_as_a_bare_name():
 
 
 def test_unknown_component_type_has_a_near_match():
-    assert problems({"lr": 1, "pool": {"type": "meen"}})[0].startswith("pool.type: unknown pool 'meen'; did you mean 'mean'?")
+    assert problems({"lr": 1, "pool": {"type": "meen"}})[0].startswith(
+        "pool.type: unknown pool 'meen'; did you mean 'mean'?"
+    )
 
 
 def test_wrong_field_of_a_component_has_its_path():
@@ -152,11 +156,19 @@ def test_merge_is_by_key_and_a_new_type_replaces():
     assert merge(base, {"l": [3]})["l"] == [3]
 
 
-@given(st.recursive(st.none() | st.integers() | st.text(max_size=3), lambda s: st.lists(s, max_size=3) | st.dictionaries(
-    st.text(min_size=1, max_size=3), s, max_size=3), max_leaves=8))
+@given(
+    st.recursive(
+        st.none() | st.integers() | st.text(max_size=3),
+        lambda s: st.lists(s, max_size=3) | st.dictionaries(st.text(min_size=1, max_size=3), s, max_size=3),
+        max_leaves=8,
+    )
+)
 def test_any_data_is_either_parsed_or_refused_with_words(data):
     try:
         parse(Outer, data)
     except ConfigError as error:
-        assert error.problems
-        assert all(error.problems)
+        words = error.problems
+    else:
+        words = ["parsed"]
+    assert words
+    assert all(words)

@@ -10,7 +10,7 @@ from mmrep.config import ConfigError, component, parse
 from mmrep.encoder import BadSampleError
 from mmrep.model import Model, ModelConfig, Temperature, TemperatureConfig, TowerConfig
 from mmrep.registry import UnknownNameError
-from tests import toys  # noqa: F401
+from tests import toys
 
 
 def tower(**fields) -> TowerConfig:

@@ -124,8 +124,8 @@ def test_listing_imports_no_component():
 
 def test_importing_mmrep_imports_nothing_heavy():
     code = (
-        "import sys, mmrep; heavy = {'timm', 'open_clip', 'sentence_transformers', 'transformers', 'datasets', 'sklearn',"
-        "'faiss', 'matplotlib', 'torch'} & set(sys.modules); assert not heavy, heavy"
+        "import sys, mmrep; heavy = {'timm', 'open_clip', 'sentence_transformers', 'transformers', 'datasets',"
+        "'sklearn', 'faiss', 'matplotlib', 'torch'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

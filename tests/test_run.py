@@ -30,7 +30,9 @@ def figures(results, name, who, direction=None):
 def test_it_learns_far_above_chance_and_above_the_untrained_model(trained):
     _, results = trained
     for direction in ("caption→image", "image→caption"):
-        model, before, chance = (figures(results, "retrieval", w, direction)["R@1"] for w in ("model", "untrained", "chance"))
+        model, before, chance = (
+            figures(results, "retrieval", w, direction)["R@1"] for w in ("model", "untrained", "chance")
+        )
         assert chance == pytest.approx(1 / 16)
         assert model > 5 * chance
         assert model > before
@@ -48,7 +50,9 @@ def test_the_run_folder_opens_to_the_same_model_and_figures(trained):
     run, results = trained
     again = open_run(run.folder)
     assert again.recipe == run.recipe
-    assert json.loads(json.dumps(again.evaluate(["retrieval"]))) == {"retrieval": json.loads(json.dumps(results))["retrieval"]}
+    assert json.loads(json.dumps(again.evaluate(["retrieval"]))) == {
+        "retrieval": json.loads(json.dumps(results))["retrieval"]
+    }
 
 
 def test_the_saved_model_embeds_like_the_trained_one(trained):
@@ -97,8 +101,10 @@ def test_resuming_a_run_gives_the_weights_and_metrics_of_a_straight_one(trained,
     a, b = (mmrep.load(f / "model").state_dict() for f in (run.folder, folder))
     assert all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
     timing = ("seconds", "samples_per_second")
-    kept = [[{k: v for k, v in json.loads(line).items() if k not in timing} for line in (f / "metrics.jsonl").read_text().splitlines()]
-            for f in (run.folder, folder)]  # fmt: skip
+    kept = [
+        [{k: v for k, v in json.loads(line).items() if k not in timing} for line in text.splitlines()]
+        for text in ((f / "metrics.jsonl").read_text() for f in (run.folder, folder))
+    ]
     assert kept[0] == kept[1]
 
 
@@ -135,8 +141,12 @@ def test_too_many_broken_samples_stop_the_run_with_their_causes(tmp_path):
 
 def test_a_missing_column_is_named_before_anything_is_trained(tmp_path):
     folder = make_world(tmp_path)
-    recipe = read_recipe(str(write_recipe(folder)), ["data.fields={image: image, captoin: text}",
-                                                     "objectives[0].pairs[0].between=[image, captoin]", "evaluations={}"])  # fmt: skip
+    changes = [
+        "data.fields={image: image, captoin: text}",
+        "objectives[0].pairs[0].between=[image, captoin]",
+        "evaluations={}",
+    ]
+    recipe = read_recipe(str(write_recipe(folder)), changes)
     with pytest.raises(ConfigError, match=r"captoin.*did you mean 'caption'"):
         Run(recipe, folder / "run").train()
 
@@ -144,6 +154,11 @@ def test_a_missing_column_is_named_before_anything_is_trained(tmp_path):
 def test_a_frozen_tower_with_a_caption_view_trains_from_its_memo(tmp_path):
     folder = make_world(tmp_path)
     path = write_recipe(folder)
-    overrides = ["train.steps=4", "model.towers.text.frozen=true", "data.views={caption: [text-choice]}", "data.cache=true"]
+    overrides = [
+        "train.steps=4",
+        "model.towers.text.frozen=true",
+        "data.views={caption: [text-choice]}",
+        "data.cache=true",
+    ]
     results = Run(read_recipe(str(path), overrides), folder / "run").train()
     assert np.isfinite(figures(results, "retrieval", "model", "caption→image")["R@5"])

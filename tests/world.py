@@ -38,11 +38,19 @@ def make_world(folder: Path, *, broken: int = 0) -> Path:
                 name = f"{colour}-{shape}-{shift}.png"
                 draw(colour, shape, shift).save(folder / name)
                 split = "test" if shift == 1 else "train"
-                row = {"image": name, "caption": f"a {colour} {shape}", "label": shape, "group": f"{colour}-{shape}", "id": name}
+                row = {
+                    "image": name,
+                    "caption": f"a {colour} {shape}",
+                    "label": shape,
+                    "group": f"{colour}-{shape}",
+                    "id": name,
+                }
                 lines[split].append(row)
     for i in range(broken):
         (folder / f"broken-{i}.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
-        lines["train"].append({"image": f"broken-{i}.png", "caption": "broken", "label": "disc", "group": f"b{i}", "id": f"broken-{i}"})
+        lines["train"].append(
+            {"image": f"broken-{i}.png", "caption": "broken", "label": "disc", "group": f"b{i}", "id": f"broken-{i}"}
+        )
     for split, rows in lines.items():
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -51,6 +59,8 @@ def make_world(folder: Path, *, broken: int = 0) -> Path:
 def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
     """The recipe of the tiny world, as plain data."""
     source = {"type": "table", "paths": ["image"], "label": "label", "group": "group", "id": "id"}
+    cnn, transformer = {"type": "image-cnn"}, {"type": "text-transformer", "tokenizer": "bytes"}
+    templates = {"templates": ["a red {}"]}
     data: dict[str, Any] = {
         "about": "Coloured shapes.",
         "data": {
@@ -61,8 +71,8 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
         "model": {
             "dim": 16,
             "towers": {
-                "image": {"encoder": {"type": "image-cnn", "size": 16, "widths": [8, 16], "depths": [1, 1], "norm": "group"}},
-                "text": {"encoder": {"type": "text-transformer", "tokenizer": "bytes", "width": 32, "depth": 1, "heads": 2, "max_length": 24}},
+                "image": {"encoder": {**cnn, "size": 16, "widths": [8, 16], "depths": [1, 1], "norm": "group"}},
+                "text": {"encoder": {**transformer, "width": 32, "depth": 1, "heads": 2, "max_length": 24}},
             },
         },
         "objectives": [{"type": "contrastive", "pairs": [{"between": ["image", "caption"]}]}],
@@ -70,7 +80,7 @@ def recipe(folder: Path, **changes: Any) -> dict[str, Any]:
         "optim": {"lr": 5e-3, "weight_decay": 0.01},
         "evaluations": {
             "retrieval": {"type": "retrieval", "data": "test", "between": ["caption", "image"]},
-            "zero-shot": {"type": "zero-shot", "data": "test", "field": "image", "text": "caption", "templates": ["a red {}", "a blue {}"]},
+            "zero-shot": {"type": "zero-shot", "data": "test", "field": "image", "text": "caption", **templates},
             "knn": {"type": "knn", "data": "test", "field": "image", "k": 3},
             "probe": {"type": "linear-probe", "data": "test", "field": "image"},
         },

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-from mmrep.data.sample import Sample
+from mmrep.data.sample import Quarantined, Sample
 from mmrep.data.source import Source
 
 
@@ -27,6 +27,10 @@ class Limited(Source):
     def __getitem__(self, index: int) -> Sample:
         return self._source[index]
 
-    def stream(self, part: int = 0, parts: int = 1, epoch: int = 0) -> Iterator[Sample]:
+    def record(self, index: int) -> Sample | Quarantined:
+        """The record at ``index``, or the note that it could not be read."""
+        return self._source.record(index)
+
+    def stream(self, part: int = 0, parts: int = 1, seed: int | None = None) -> Iterator[Sample | Quarantined]:
         """The first ``count`` records, split into ``parts``."""
-        return islice(islice(self._source.stream(0, 1, epoch), self._count), part, None, parts)
+        return islice(islice(self._source.stream(seed=seed), self._count), part, None, parts)

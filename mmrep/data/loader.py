@@ -9,6 +9,7 @@ decoding, what came before.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,8 +42,9 @@ class BatchLoader:
         workers: reading processes; 0 reads in this one.
         shuffle: draw a new order each epoch; False keeps the source's.
         drop_last: leave out the last batch of an epoch if it is not full.
-        cache: keep in memory what was prepared of fields without sample-level views, so that an epoch after the first
-            decodes nothing of them. Map-style sources, ``workers=0``; the prepared data must fit in memory.
+        cache: keep in memory what was prepared of fields without sample-level views, and the raw values of the other
+            fields, so that an epoch after the first reads nothing from the source and decodes nothing of the former.
+            Map-style sources, ``workers=0``; all of it must fit in memory.
         buffer: a shuffled stream draws from this many records.
         pin_memory: page-lock the tensors, for a GPU.
 
@@ -172,7 +174,7 @@ class _Readings(Dataset[Item | Quarantined]):
     def __init__(self, source: Source, reader: Reader, cache: bool) -> None:
         self.source = source
         self.reader = reader
-        self.kept: dict[int, Item] | None = {} if cache else None
+        self.kept: dict[int, tuple[Item, Sample]] | None = {} if cache else None
 
     def __getitem__(self, key: tuple[Record, int]) -> Item | Quarantined:
         record, epoch = key
@@ -180,12 +182,14 @@ class _Readings(Dataset[Item | Quarantined]):
             return self.reader.read(record, epoch)
         if self.kept is None:
             return self.reader.read(self.source.record(record), epoch)
-        kept = self.kept.get(record)
-        if kept is not None and len(self.reader.fixed) == len(self.reader.fields):
-            return self.reader.again(kept, epoch)
-        item = self.reader.read(self.source.record(record), epoch, kept)
-        if kept is None and isinstance(item, Item):
-            self.kept[record] = item.only(self.reader.fixed)
+        if record in self.kept:
+            kept, rest = self.kept[record]
+            return self.reader.read(rest, epoch, kept) if rest.fields else self.reader.again(kept, epoch)
+        sample = self.source.record(record)
+        item = self.reader.read(sample, epoch)
+        if isinstance(item, Item) and isinstance(sample, Sample):
+            rest = {field: sample.fields[field] for field in item.inputs if field not in self.reader.fixed}
+            self.kept[record] = item.only(self.reader.fixed), replace(sample, fields=rest)
         return item
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mmrep.encoder import BadSampleError
-from mmrep.registry import near, require
 from mmrep.progress import progress
+from mmrep.registry import near, require
 
 if TYPE_CHECKING:
     from mmrep.model import Model, Tower
@@ -62,7 +62,9 @@ def encode(
         BadSampleError: a value cannot be read; the message has its position.
     """
     if precision not in _PRECISIONS:
-        raise ValueError(f"precision {precision!r} is unknown{near(precision, _PRECISIONS)} One of: {', '.join(_PRECISIONS)}")
+        raise ValueError(
+            f"precision {precision!r} is unknown{near(precision, _PRECISIONS)} One of: {', '.join(_PRECISIONS)}"
+        )
     if truncate_dim is not None and not 1 <= truncate_dim <= model.dim:
         raise ValueError(f"truncate_dim must be between 1 and the model's {model.dim}; got {truncate_dim}")
     options: dict[str, Any] = {
@@ -77,7 +79,8 @@ def encode(
     if modality is None:
         if len(model.towers) != 1:
             raise ValueError(
-                f"this model reads {', '.join(model.towers)}: say which, as encode(..., modality={next(iter(model.towers))!r})"
+                f"this model reads {', '.join(model.towers)}: say which, "
+                f"as encode(..., modality={next(iter(model.towers))!r})"
             )
         modality = next(iter(model.towers))
     tower = model.tower(modality)
@@ -110,7 +113,9 @@ def encode(
 
 
 @torch.no_grad()
-def encode_items(tower: Tower, items: Sequence[Inputs], batch_size: int, device: torch.device, normalize: bool) -> Tensor:
+def encode_items(
+    tower: Tower, items: Sequence[Inputs], batch_size: int, device: torch.device, normalize: bool
+) -> Tensor:
     """Embed prepared items, sorted by length inside: float32 [n, dim] on the CPU, in the order of ``items``.
 
     The tower must be in eval mode.

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 
 from mmrep.config import ConfigError
-from mmrep.data.sample import Quarantined
+from mmrep.data.sample import Quarantined, Sample
 from mmrep.data.source import Source
 from mmrep.embed.index import Hit, Index
 from mmrep.evaluate.encoded import encode_source
 from mmrep.hub.folder import fingerprint, load
 from mmrep.model import Model
-from mmrep.data.sample import Sample
 
 INDEX = "index"
 
@@ -48,7 +47,9 @@ class Files(Source):
         self.folder = folder
         hidden = (INDEX, "__pycache__")
         self.paths = sorted(
-            p for p in folder.rglob("*") if p.is_file() and not any(x.startswith(".") or x in hidden for x in p.relative_to(folder).parts)
+            p
+            for p in folder.rglob("*")
+            if p.is_file() and not any(x.startswith(".") or x in hidden for x in p.relative_to(folder).parts)
         )
 
     def __len__(self) -> int:
@@ -76,7 +77,9 @@ def index_folder(folder: Path, out: Path, *, model: str, modality: str) -> str:
     return f"{len(records)} files of {folder} → {out}. {_bad(encoded.quarantined)}".rstrip()
 
 
-def index_run(run_folder: Path, out: Path, *, modality: str, source: str | None = None, model: str | None = None) -> str:
+def index_run(
+    run_folder: Path, out: Path, *, modality: str, source: str | None = None, model: str | None = None
+) -> str:
     """Embed one field of a run's held-out data.
 
     Returns:
@@ -103,7 +106,7 @@ def index_run(run_folder: Path, out: Path, *, modality: str, source: str | None 
                 vectors.append(encoded.embeddings[name][i])
                 records.append({"id": sample.id, "source": held_out, "text": _text(sample, name)})
     _build(np.stack(vectors), records, loaded, str(Path(model or own).resolve()), out)
-    return f"{len(records)} × {name} from {', '.join(names)} → {out}"
+    return f"{len(records)} x {name} from {', '.join(names)} → {out}"
 
 
 def open_search(where: Path | str) -> Searcher:
@@ -135,7 +138,7 @@ def _bad(quarantined: list[Quarantined]) -> str:
     causes: dict[str, int] = {}
     for q in quarantined:
         causes[q.cause] = causes.get(q.cause, 0) + 1
-    return f"Left out: {', '.join(f'{n} × {cause}' for cause, n in causes.items())}." if causes else ""
+    return f"Left out: {', '.join(f'{n} x {cause}' for cause, n in causes.items())}." if causes else ""
 
 
 def _text(sample: Sample, but: str) -> str:

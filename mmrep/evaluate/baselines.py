@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import islice
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from mmrep.data.sample import Sample
 from mmrep.data.source import Source
 from mmrep.encoder import BadSampleError
 from mmrep.evaluate.encoded import EncodedSet
 from mmrep.evaluate.retrieval import top_k
 from mmrep.model import Model, Tower
+from mmrep.tokens import Inputs
 
 _MAX_TRAIN = 20_000
 
@@ -42,44 +45,57 @@ def nearest_input(
     Raises:
         ValueError: the ``near`` field's inputs differ in size, so that raw distance has no meaning.
     """
-    (near_field, near_tower), (text_field, text_tower) = near, described
-    tower = untrained.tower(text_tower)
-    samples = [s for s in islice(train.stream(), _MAX_TRAIN) if _has(s.fields, near_field, text_field)]
-    raw_train = _flat(untrained.tower(near_tower), [s.fields[near_field] for s in samples], near_field)
-    raw_test = _flat(untrained.tower(near_tower), [s.fields[near_field] for s in test.samples], near_field)
+    train_near, train_text, _ = _read(untrained, _samples(train), near, described)
+    test_near, test_text, rows = _read(untrained, test.samples, near, described)
     # Nearest by Euclidean distance = largest (x·y - |y|²/2): one more coordinate turns it into an inner product.
-    keys = torch.cat([raw_train, -raw_train.pow(2).sum(1, keepdim=True) / 2], 1)
-    queries = torch.cat([raw_test, torch.ones(len(raw_test), 1)], 1)
-    _, index = top_k(queries, keys, k)
-    described_train = _features(tower, [s.fields[text_field] for s in samples])
-    items = F.normalize(described_train[index].mean(1), dim=1)
-    return items.numpy(), _features(tower, [s.fields[text_field] for s in test.samples]).numpy()
+    keys = _flat(train_near, near[0])
+    keys = torch.cat([keys, -keys.pow(2).sum(1, keepdim=True) / 2], 1)
+    queries = _flat(test_near, near[0])
+    _, index = top_k(torch.cat([queries, torch.ones(len(queries), 1)], 1), keys, k)
+    tower = untrained.tower(described[1])
+    items = F.normalize(_features(tower, train_text)[index].mean(1), dim=1)
+    return _scatter(items, rows, len(test)), _scatter(_features(tower, test_text), rows, len(test))
 
 
-def _has(fields: dict[str, object], *names: str) -> bool:
-    return all(fields.get(name) is not None for name in names)
+def _samples(source: Source) -> list[Sample]:
+    return [record for record in islice(source.stream(), _MAX_TRAIN) if isinstance(record, Sample)]
 
 
-def _flat(tower: Tower, values: list[object], field: str) -> torch.Tensor:
-    rows: list[torch.Tensor] = []
-    for value in values:
-        try:
-            item = tower.encoder.prepare(value)
-        except BadSampleError:
+def _read(
+    model: Model, samples: Sequence[Sample], *fields: tuple[str, str]
+) -> tuple[list[Inputs], list[Inputs], list[int]]:
+    """The prepared inputs of both fields of the samples that have both and can be read, and their positions."""
+    read: list[tuple[Inputs, ...]] = []
+    rows: list[int] = []
+    for row, sample in enumerate(samples):
+        if any(sample.fields.get(name) is None for name, _ in fields):
             continue
-        rows.append(torch.cat([v.reshape(-1).float() for v in item.values()]))
+        try:
+            read.append(tuple(model.tower(tower).encoder.prepare(sample.fields[name]) for name, tower in fields))
+        except BadSampleError:
+            continue  # the run has counted and listed it
+        rows.append(row)
+    return [first for first, _ in read], [second for _, second in read], rows
+
+
+def _flat(items: Sequence[Inputs], field: str) -> torch.Tensor:
+    rows = [torch.cat([value.reshape(-1).float() for value in item.values()]) for item in items]
     if len({len(row) for row in rows}) > 1:
         raise ValueError(f"baseline 'nearest-input': field {field!r} has inputs of different sizes")
     return torch.stack(rows) / 255
 
 
-def _features(tower: Tower, values: list[object], batch_size: int = 64) -> torch.Tensor:
+def _features(tower: Tower, items: Sequence[Inputs], batch_size: int = 64) -> torch.Tensor:
     was_training = tower.training
     tower.eval()
-    items = [tower.encoder.prepare(value) for value in values]
     out = [
         tower.features(tower.encoder.collate(items[i : i + batch_size])).float()
         for i in range(0, len(items), batch_size)
     ]
     tower.train(was_training)
     return F.normalize(torch.cat(out), dim=1)
+
+
+def _scatter(values: torch.Tensor, rows: list[int], n: int) -> NDArray[np.float32]:
+    """[n, width] with ``values`` at ``rows`` and zeros elsewhere."""
+    return torch.zeros(n, values.shape[1]).index_copy(0, torch.tensor(rows), values).numpy()

@@ -16,8 +16,8 @@ from mmrep.data.source import Source
 from mmrep.embed.encode import encode_items
 from mmrep.encoder import BadSampleError
 from mmrep.model import Model
-from mmrep.tokens import Inputs
 from mmrep.progress import progress
+from mmrep.tokens import Inputs
 
 
 @dataclass
@@ -75,7 +75,9 @@ def encode_source(
             records = islice(source.stream(), limit)
             while window := list(islice(records, batch_size * 8)):
                 bar.update(len(window))
-                items, read = _prepare(model, window, fields, bad)
+                bad.extend(record for record in window if isinstance(record, Quarantined))
+                whole = [record for record in window if isinstance(record, Sample)]
+                items, read = _prepare(model, whole, fields, bad)
                 samples.extend(read)
                 for name, tower_name in fields.items():
                     have = [i for i, item in enumerate(items) if name in item]

@@ -23,7 +23,9 @@ FORMAT = "mmrep-model"
 VERSION = 1
 CONFIG, WEIGHTS, FINGERPRINT, FILES = "config.json", "model.safetensors", "fingerprint.json", "files"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
-_TOLERANCE = 2e-3  # of a unit vector's entries; other machines and kernels round differently, other models differ by 0.1
+_TOLERANCE = (
+    2e-3  # of a unit vector's entries; other machines and kernels round differently, other models differ by 0.1
+)
 
 
 class ModelFolderError(ValueError):
@@ -66,7 +68,9 @@ def load(
     try:
         config = parse(ModelConfig, document["model"])
     except ConfigError as error:
-        raise ModelFolderError(f"{folder / CONFIG} does not describe a model that this version can build:\n{error}") from error
+        raise ModelFolderError(
+            f"{folder / CONFIG} does not describe a model that this version can build:\n{error}"
+        ) from error
     model = Model(config, files={tower: folder / FILES / tower for tower in config.towers})
     _load_weights(model, folder)
     model.eval()
@@ -91,7 +95,9 @@ def _locate(name: str | Path, **hub: Any) -> Path:
     if path.is_dir():
         return path
     if isinstance(name, Path) or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise ModelFolderError(f"there is no folder {str(name)!r}; give a saved model's folder, or a hub id as organisation/name")
+        raise ModelFolderError(
+            f"there is no folder {str(name)!r}; give a saved model's folder, or a hub id as organisation/name"
+        )
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(str(name), ignore_patterns=list(_PICKLES), library_name="mmrep", **hub))
@@ -111,7 +117,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         kind = document.get("model_type") or document.get("architectures") if isinstance(document, dict) else None
         seen = f"a transformers model ({kind})" if kind else "something else"
         raise ModelFolderError(
-            f"{path} describes {seen}, not an mmrep model (no \"format\": \"{FORMAT}\"). "
+            f'{path} describes {seen}, not an mmrep model (no "format": "{FORMAT}"). '
             "To use it as one tower, name the folder in a recipe: encoder: {type: hf-text, path: …}"
         )
     if document.get("version", 0) > VERSION:
@@ -142,11 +148,17 @@ def _load_weights(model: Model, folder: Path) -> None:
     shared = set(expected) - set(_unshared(expected))
     missing = [k for k in expected if k not in weights and k not in shared]
     extra = [k for k in weights if k not in expected]
-    wrong = [f"{k}: {tuple(weights[k].shape)} for {tuple(v.shape)}" for k, v in expected.items()
-             if k in weights and weights[k].numel() != v.numel()]
+    wrong = [
+        f"{k}: {tuple(weights[k].shape)} for {tuple(v.shape)}"
+        for k, v in expected.items()
+        if k in weights and weights[k].numel() != v.numel()
+    ]
     if missing or extra or wrong:
-        lines = [f"{label}: {', '.join(keys[:5])}{' …' if len(keys) > 5 else ''}"
-                 for label, keys in (("missing", missing), ("unknown", extra), ("wrong shape", wrong)) if keys]
+        lines = [
+            f"{label}: {', '.join(keys[:5])}{' …' if len(keys) > 5 else ''}"
+            for label, keys in (("missing", missing), ("unknown", extra), ("wrong shape", wrong))
+            if keys
+        ]
         raise ModelFolderError(f"{path} does not fit its {CONFIG}; " + "; ".join(lines))
     model.load_state_dict(weights, strict=not shared)
 
@@ -154,11 +166,14 @@ def _load_weights(model: Model, folder: Path) -> None:
 def _check_fingerprint(model: Model, folder: Path) -> None:
     path = folder / FINGERPRINT
     if not path.is_file():
-        raise ModelFolderError(f"{str(folder)!r} has no {FINGERPRINT}; load with check_fingerprint=False to accept that")
+        raise ModelFolderError(
+            f"{str(folder)!r} has no {FINGERPRINT}; load with check_fingerprint=False to accept that"
+        )
     try:
         saved = json.loads(path.read_text())
         worst = {
-            name: float((torch.tensor(saved[name]) - _example_embeddings(model, name)).abs().max()) for name in model.towers
+            name: float((torch.tensor(saved[name]) - _example_embeddings(model, name)).abs().max())
+            for name in model.towers
         }
     except (json.JSONDecodeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelFolderError(f"{path} cannot be compared with the model: {error!r}") from error
@@ -166,8 +181,8 @@ def _check_fingerprint(model: Model, folder: Path) -> None:
     if off:
         gaps = ", ".join(f"{name} (off by {gap:.2g})" for name, gap in off.items())
         raise ModelFolderError(
-            f"{str(folder)!r}: tower {gaps} does not give the embeddings that it was saved with. Weights, preprocessing "
-            "or a library version do not belong together; load with check_fingerprint=False to use it all the same"
+            f"{str(folder)!r}: tower {gaps} does not give the embeddings that it was saved with. Weights, "
+            "preprocessing or a library version do not belong together; check_fingerprint=False loads it all the same"
         )
 
 

@@ -54,16 +54,26 @@ class Contrastive(Objective):
             for name in (*pair.between, *([pair.negatives] if pair.negatives else [])):
                 if name not in fields:
                     where = f"objectives.contrastive.pairs[{i}]"
-                    raise ConfigError([f"{where}: unknown field {name!r}{near(name, fields)} Fields: {', '.join(fields)}"])
+                    raise ConfigError(
+                        [f"{where}: unknown field {name!r}{near(name, fields)} Fields: {', '.join(fields)}"]
+                    )
             if pair.temperature not in model.temperatures:
                 known = ", ".join(model.temperatures)
-                raise ConfigError([f"pairs[{i}].temperature: unknown {pair.temperature!r}"
-                                   f"{near(pair.temperature, model.temperatures)} model.temperatures has: {known}"])
+                raise ConfigError(
+                    [
+                        f"pairs[{i}].temperature: unknown {pair.temperature!r}"
+                        f"{near(pair.temperature, model.temperatures)} model.temperatures has: {known}"
+                    ]
+                )
             has_bias = cast(Temperature, model.temperatures[pair.temperature]).bias is not None
             if has_bias != self.loss.needs_bias:
                 verb = "needs" if self.loss.needs_bias else "does not use"
-                raise ConfigError([f"pairs[{i}]: loss {config.loss.type!r} {verb} a bias; "
-                                   f"set model.temperatures.{pair.temperature}.bias accordingly"])
+                raise ConfigError(
+                    [
+                        f"pairs[{i}]: loss {config.loss.type!r} {verb} a bias; "
+                        f"set model.temperatures.{pair.temperature}.bias accordingly"
+                    ]
+                )
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """See `Objective.forward`; parts are named ``first-second``."""
@@ -77,7 +87,9 @@ class Contrastive(Objective):
                 step.embedding(b, view_b),
                 scale=temperature.scale,
                 bias=temperature.bias,
-                negatives=None if pair.negatives is None else step.embedding(pair.negatives)[step.present(pair.negatives)],
+                negatives=None
+                if pair.negatives is None
+                else step.embedding(pair.negatives)[step.present(pair.negatives)],
                 group=step.group if self.config.use_group else None,
                 valid=step.present(a) & step.present(b),
                 world=step.world,

@@ -152,7 +152,7 @@ def _svg(lines: Sequence[Line], key: str) -> str:
         if len(lines) > 1:
             axes.legend(loc="best", labelcolor=_INK, handlelength=2.4)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(buffer, format="svg", transparent=True)
     return _inline(buffer.getvalue(), key)
 
 

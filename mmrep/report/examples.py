@@ -72,7 +72,7 @@ def examples(pairs: PairSet, viewer: Viewer, seed: int = 0) -> list[Direction]:
 def _direction(pairs: PairSet, viewer: Viewer, query_field: str, item_field: str, seed: int) -> Direction:
     encoded = pairs.encoded
     groups = np.array(encoded.groups(), dtype=object)
-    items = np.arange(len(encoded))
+    items = np.flatnonzero(encoded.present[item_field])
     asked = np.flatnonzero(encoded.present[query_field])
     known = set(groups[items])
     asked = asked[[group in known for group in groups[asked]]]

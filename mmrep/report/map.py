@@ -75,7 +75,7 @@ def project(vectors: NDArray[np.float64], seed: int) -> tuple[NDArray[np.float64
     from threadpoolctl import threadpool_limits
 
     parts = min(50, *vectors.shape)
-    if len(vectors) < 8:  # t-SNE has nothing to say about so few neighbours
+    if len(vectors) < 8 or parts < 2:  # t-SNE has nothing to say about so few neighbours, or about a line
         plane = np.zeros((len(vectors), 2))
         plane[:, : min(parts, 2)] = PCA(min(parts, 2), svd_solver="full").fit_transform(vectors)
         return plane, "PCA"

@@ -110,13 +110,11 @@ def _figure(key: str, row: Mapping[str, Any], chance: Mapping[str, Any]) -> Figu
 def _ratio(key: str, value: Any, chance: Any) -> str:
     """How many times better than chance; of a rank, where less is better, chance over value."""
     a, b = _number(value), _number(chance)
-    if a is None or b is None or not (0 < b < math.inf and 0 <= a < math.inf):
-        return ""
     if key.endswith("rank") and "reciprocal" not in key:
         a, b = b, a
     elif not key.startswith((*_SHARES, "mean_reciprocal_rank")):
         return ""  # whether more or less of it is better is not known
-    if not b:
+    if a is None or b is None or not (0 < b < math.inf and 0 <= a < math.inf):
         return ""
     return f"{a / b:.0f}{_TIMES}" if a / b >= 10 else f"{a / b:.1f}{_TIMES}"
 

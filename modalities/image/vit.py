@@ -108,8 +108,8 @@ class ImageViT(ImageEncoder):
         """Tokens to an encoding: [B, N', D], normed; the layers are block outputs, not normed."""
         self.check_request(keep, layers)
         kept = tokens.keep(keep)
-        valid = kept.grid.valid
-        values, asked = self.transformer(kept.values, None if bool(valid.all()) else valid, layers)
+        full = kept.grid.shape is not None or bool(kept.grid.valid.all())
+        values, asked = self.transformer(kept.values, None if full else kept.grid.valid, layers)
         return Encoding(Tokens(self.norm(values), kept.grid), layers=asked)
 
     def no_weight_decay(self) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,8 +165,6 @@ class HFText(TextEncoder):
         return self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
 
     def save_files(self, folder: Path) -> None:
-        """Write the tokenizer and the model's own config.json, without the path that it came from."""
+        """Write the tokenizer and the model's own config.json."""
         self.tokenizer.save_pretrained(folder)
-        clean = copy.deepcopy(self.hf_config)
-        clean._name_or_path = ""
-        clean.save_pretrained(folder)
+        self.hf_config.save_pretrained(folder)

@@ -114,13 +114,19 @@ def main() -> None:
         f"torch {torch.__version__}, {options.threads} thread(s), "
         f"N={options.n}, D={options.dim}, scale {options.scale:g}"
     )
-    for ours, theirs in (("mmrep info_nce", "open_clip ClipLoss"), ("mmrep siglip", "open_clip SigLipLoss")):
+    pairs = (("mmrep info_nce", "open_clip ClipLoss"), ("mmrep siglip", "open_clip SigLipLoss"))
+    for ours, theirs in pairs:
         ratios = sorted(x / y for x, y in zip(seconds[ours], seconds[theirs], strict=True))
-        peaks = [peak_in_subprocess(name, options.n, options.dim, options.threads) for name in (ours, theirs)]
+        medians = statistics.median(seconds[ours]), statistics.median(seconds[theirs])
         print(
             f"{ours} / {theirs}: time {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}; "
-            f"{statistics.median(seconds[ours]):.2f} s / {statistics.median(seconds[theirs]):.2f} s), "
-            f"peak {peaks[0] / peaks[1]:.3f} ({peaks[0]:.0f} MiB / {peaks[1]:.0f} MiB)"
+            f"{medians[0]:.2f} s / {medians[1]:.2f} s)",
+            flush=True,
+        )
+    for ours, theirs in pairs:
+        peaks = [peak_in_subprocess(name, options.n, options.dim, options.threads) for name in (ours, theirs)]
+        print(
+            f"{ours} / {theirs}: peak {peaks[0] / peaks[1]:.3f} ({peaks[0]:.0f} MiB / {peaks[1]:.0f} MiB)", flush=True
         )
 
 

@@ -224,6 +224,14 @@ def test_the_cache_changes_nothing_and_decodes_once(views):
     assert (cached.encoders["caption"].calls == plain.encoders["caption"].calls) == ("caption" in views)
 
 
+def test_a_cached_source_is_read_once():
+    source, reads = make_source(12), []
+    record = source.record
+    source.record = lambda index: (reads.append(index), record(index))[1]
+    drawn(loader(source=source, cache=True), epochs=3)
+    assert sorted(reads) == list(range(12))
+
+
 class Holes(Records):
     def __getitem__(self, index):
         if index % 4 == 1:
@@ -288,3 +296,15 @@ def test_workers_stop_with_the_loader():
     del one
     assert time.monotonic() - start < 4  # in a reference cycle: later, and 5 s a worker
     assert not any(process.is_alive() for process in started)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_state_at_the_end_of_an_epoch_goes_on_with_the_next(streaming):
+    source = make_stream(20) if streaming else make_source(20)
+    one, other = loader(source=source), loader(source=source)
+    for _ in one:
+        state = one.state_dict()
+    assert (state["epoch"], state["position"]) == (0, 3)
+    other.load_state_dict(state)
+    assert ids(other) == ids(one)
+    assert (other.epoch, other.position) == (2, 0)

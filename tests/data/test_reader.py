@@ -87,7 +87,10 @@ def test_collate_keeps_compact_rows_in_order():
     assert batch.ids == [f"s{i}" for i in range(6)]
     assert batch.present["image"].all()
     assert batch.present["caption"].tolist() == [True, True, False, True, True, False]
-    assert [len(v["pixels"]) for v in batch.inputs["image"]] == [6, 6]
+    noisy, plain = (view["pixels"] for view in batch.inputs["image"])
+    assert len(noisy) == len(plain) == 6
+    assert torch.equal(plain, plain.round())
+    assert (noisy != plain).flatten(1).any(1).all()
     texts = [bytes(row[row > 0].tolist()).decode() for row in batch.inputs["caption"][0]["ids"]]
     assert [text.split()[-1] for text in texts] == ["0", "1", "3", "4"]
     assert batch.seeds.tolist() == [stable_hash(3, 0, f"s{i}") for i in range(6)]

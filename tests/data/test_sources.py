@@ -346,3 +346,11 @@ def test_a_table_keeps_csv_cells_as_they_are_written(tmp_path):
     assert [s.fields for s in samples(Table(TableConfig(files=str(file))))] == [
         {"a": "007", "b": "NA"}, {"a": "1e5", "b": "null"},
     ]  # fmt: skip
+
+
+def test_cells_of_many_lines_in_a_large_table(tmp_path):
+    text = "a line of the cell\n" * 50
+    file = write(tmp_path / "t.csv", "a,b\n" + f'x,"{text}"\n' * 3000)  # more than one block of the parser
+    source = Table(TableConfig(files=str(file)))
+    assert len(source) == 3000
+    assert all(source[i].fields == {"a": "x", "b": text} for i in range(0, 3000, 7))

@@ -14,7 +14,7 @@ from mmrep.registry import UnknownNameError
 from mmrep.step import Step
 from mmrep.views.view import View
 from mmrep.world import LocalWorld
-from tests import toys  # noqa: F401
+from tests import toys
 
 FIELDS = {"x": "a", "y": "b", "z": "b"}
 

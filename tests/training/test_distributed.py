@@ -25,8 +25,15 @@ def runs(tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
                "-m", "tests.training.distributed_run", str(out)]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    launcher = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        _, errors = launcher.communicate(timeout=180)
+    except subprocess.TimeoutExpired:
+        launcher.terminate()  # which ends the processes that it started
+        pytest.fail(f"a deadlock:\n{launcher.communicate()[1][-4000:]}")
+    assert launcher.returncode == 0, errors[-4000:]
     return out
 
 

@@ -15,7 +15,7 @@ from mmrep.schedules import Schedule
 from mmrep.training.contracts import Callback, TrainConfig
 from mmrep.training.optim import OptimConfig
 from mmrep.training.trainer import Trainer
-from tests import toys  # noqa: F401: registers the encoder
+from tests import toys  # noqa: F401
 from tests.training.toys import lines, tensors
 
 

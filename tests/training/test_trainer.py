@@ -115,6 +115,44 @@ def test_watching_does_not_change_the_run(tmp_path):
     same(alone, watched)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_equals_a_loop_written_by_hand(optimizer):
+    """The slow twin: no Accelerate, no fused kernels, groups and schedule and clipping spelled out."""
+    root, loader = ToyRoot(), ToyLoader()
+    torch.manual_seed(3)
+    matrices = [root.encode.weight, root.decode.weight]
+    rest = [p for p in root.parameters() if not any(p is m for m in matrices)]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    hand = (
+        torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-6, fused=False, foreach=False)
+        if optimizer == "adamw"
+        else torch.optim.SGD(groups, momentum=0.9, fused=False, foreach=False)
+    )
+    step = 0
+    while step < 20:
+        generators = torch.get_rng_state()
+        iterator = iter(loader)
+        batch = next(iterator)
+        torch.set_rng_state(generators)
+        while batch is not None and step < 20:
+            for group in hand.param_groups:
+                decayed = 0.02 * (1 + math.cos(math.pi * (step - 3) / 17)) / 2
+                group["lr"] = 0.02 * (step + 1) / 3 if step < 3 else decayed
+            hand.zero_grad()
+            root(batch)["loss"].backward()
+            norm = math.sqrt(sum(p.grad.square().sum().item() for p in root.parameters()))
+            for p in root.parameters():
+                p.grad.mul_(min(1.0, 1.0 / (norm + 1e-6)))
+            hand.step()
+            root.after_optimizer_step()
+            step += 1
+            batch = next(iterator, None)
+    trainer = toy_trainer(None, optim={"optimizer": optimizer})
+    trainer.fit()
+    for (name, a), b in zip(root.state_dict().items(), trainer.root.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
 def test_when_callbacks_are_called(tmp_path):
     recorder = Recorder()
     toy_trainer(tmp_path, steps=5, save_every=2, eval_every=4, callbacks=[recorder]).fit()
@@ -445,6 +483,18 @@ def test_the_seed_decides():
         trainer.fit()
     same(a, b)
     assert not torch.equal(a.root.encode.weight, c.root.encode.weight)
+
+
+def test_each_step_is_taken_with_its_learning_rate():
+    used = []
+
+    class Watch(ToyRoot):
+        def after_optimizer_step(self):
+            used.append({group["lr"] for group in trainer.optimizer.param_groups})
+
+    trainer = toy_trainer(None, root=Watch(), steps=8)
+    trainer.fit()
+    assert used == [{trainer.optim.schedule.value(0.02, step, 8)} for step in range(8)]
 
 
 def test_clipping():

@@ -123,8 +123,8 @@ def test_transparent_colour_key_of_rgb_and_grey():
     np.testing.assert_array_equal(pixels(encoded(grey, transparency=9)), [[(7, 7, 7), (255, 255, 255)]])
 
 
-SIXTEEN = np.array([[0, 128, 257, 32768, 65535]], np.uint16)
-EIGHT = np.array([0, 0, 1, 128, 255], np.uint8)  # nearest of value / 257; clipping would give 255 from the third on
+SIXTEEN = np.array([[0, 128, 200, 257, 32768, 65535]], np.uint16)
+EIGHT = np.array([0, 0, 1, 1, 128, 255], np.uint8)  # nearest of value / 257; clipping would give 255 from 257 on
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
@@ -235,6 +235,15 @@ def test_flipped_bytes_raise_nothing_else():
                 decode(bytes(damaged))
             except BadSampleError:
                 pass
+
+
+def test_at_least_shrinks_jpegs_alone_and_only_so_far():
+    image = Image.new("RGB", (800, 600))
+    jpeg = encoded(image, "JPEG")
+    assert [decode(jpeg, at_least=n).size for n in (None, 601, 300, 299, 150, 75)] == [
+        (800, 600), (800, 600), (400, 300), (400, 300), (200, 150), (100, 75)
+    ]  # fmt: skip
+    assert decode(encoded(image), at_least=75).size == (800, 600)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

@@ -61,6 +61,19 @@ def test_fast_resize_is_visually_equal_and_skips_the_full_decode():
     assert (a - b).abs().max() < 4
 
 
+def test_fast_resize_keeps_twice_the_size_it_needs(monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def spy(raw, *, at_least, **_):
+        asked.append(at_least)
+        return raw
+
+    monkeypatch.setattr("mmrep.modalities.image._base.decode", spy)
+    for fields in ({"size": 56}, {"size": 56, "crop_share": 0.875}, {"size": 56, "fast_resize": False}):
+        ImageCNN(ImageCNN.Config(widths=(4,), depths=(1,), **fields)).prepare(picture(56, 56))
+    assert asked == [112, 128, None]
+
+
 class Spy(View):
     def sample(self, decoded, seed):
         self.seen = decoded.size, seed

@@ -20,6 +20,7 @@ MODELS = {
     "test_vit2": {"img_size": 32},
     "deit_tiny_distilled_patch16_224": {"img_size": 32, "depth": 2},
     "vit_base_patch16_siglip_224": {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 2},
+    "vit_base_patch16_clip_224": {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 2},
     "eva02_tiny_patch14_224": {"img_size": 42, "depth": 2},
     "vit_small_patch16_rope_mixed_224": {"img_size": 48, "depth": 2},
     "test_resnet": {},

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from mmrep.config import ConfigError, component
 from mmrep.encoder import BadSampleError
+from mmrep.modalities.text._base import last_special
 from mmrep.modalities.text.transformer import TextTransformer
 from mmrep.modalities.text.views import TextChoice
 
@@ -53,6 +54,12 @@ def test_collate_pads_on_the_right_and_tells_it_by_the_mask(encoder: TextTransfo
     assert batch["ids"][0, 4:].tolist() == [encoder.pad_id] * 2
     assert batch["special"].tolist() == [[True, False, False, True, False, False], [True] + [False] * 4 + [True]]
     assert batch["ids"].dtype == torch.long
+
+
+def test_the_last_special_token_is_found_and_the_last_valid_one_stands_in_for_it() -> None:
+    valid = torch.tensor([[True, True, True, False], [True, True, True, False], [True, True, True, True]])
+    special = torch.tensor([[True, True, False, True], [False] * 4, [True, False, False, True]])
+    assert last_special(valid, special).tolist() == [1, 2, 3]
 
 
 def test_examples_are_reproducible_varied_and_one_is_too_long(encoder: TextTransformer) -> None:

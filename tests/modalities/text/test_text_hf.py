@@ -264,6 +264,19 @@ def test_tokenize_then_encode_equals_the_librarys_path_by_ids(hf_folder: Folder,
         encoder.encode(encoder.tokenize(inputs), keep=torch.tensor([[0]]))
 
 
+@pytest.mark.parametrize("kind", ["bert", "clip", "siglip"])
+def test_no_rows_give_no_rows_and_keep_every_gradient_path(hf_folder: Folder, kind: str) -> None:
+    encoder = build(hf_folder(kind)).train()
+    inputs = {key: value[:0] for key, value in encoder.collate([encoder.prepare(text) for text in TEXTS]).items()}
+    out = encoder(inputs)
+    assert out.tokens.values.shape[::2] == (0, 16)
+    out.tokens.values.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in encoder.parameters())
+    by_tokens = encoder.encode(encoder.tokenize(inputs), layers=(1,))
+    assert by_tokens.tokens.values.shape == out.tokens.values.shape == by_tokens.layers[0].shape
+    assert by_tokens.tokens.grid.valid.shape == out.tokens.grid.valid.shape
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_changed_input_embedding_changes_the_encoding(hf_folder: Folder, kind: str) -> None:
     """`encode` must read the tokens it is given, also where the architecture itself takes ids only."""
