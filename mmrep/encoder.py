@@ -50,6 +50,7 @@ class Encoder(nn.Module):
         modality: the name of the modality, such as ``"image"``.
         width: D, the width of the tokens.
         supports: which of ``"tokens", "drop_tokens", "mask_token", "layers"`` the encoder can do.
+        pooled_width: width of ``Encoding.pooled``, if the architecture has one of another width than its tokens.
         depth: how many layers can be asked for, 0 when ``"layers"`` is not supported.
     """
 
@@ -57,6 +58,7 @@ class Encoder(nn.Module):
     modality: ClassVar[str]
     supports: frozenset[str] = frozenset({"tokens"})
     width: int
+    pooled_width: int | None = None
     depth: int = 0
 
     def __init__(self, config: Any, files: Path | None = None) -> None:

@@ -118,8 +118,10 @@ class Tower(nn.Module):
         self.dim = dim
         self.normalize = normalize
         self.encoder: Encoder = config.encoder.build(files=files)
-        self.pool = config.pool.build(self.encoder.width)
-        self.projector = config.projector.build(self.encoder.width, dim)
+        native = config.pool.type == "native" and self.encoder.pooled_width is not None
+        width = self.encoder.pooled_width if native else self.encoder.width
+        self.pool = config.pool.build(width)
+        self.projector = config.projector.build(width, dim)
         if config.frozen:
             self.encoder.requires_grad_(False)
             self.pool.requires_grad_(False)

@@ -99,6 +99,18 @@ class Step:
             self._embeddings[key] = self._embed(field, view)
         return self._embeddings[key]
 
+    def features(self, field: str) -> Tensor:
+        """Pooled features of a frozen tower, float32 [B, width], without gradient; absent rows are zero."""
+        tower, rows = self.tower(field), self.present(field).nonzero()[:, 0]
+        if field in self.batch.items:
+            found = self._memo.features(tower, self.batch.keys[field], self.batch.items[field], self.model.device)
+        elif field in self.batch.inputs:
+            with torch.no_grad():
+                found = tower.features(self.inputs(field)).float()
+        else:
+            found = torch.zeros(0, tower.pool.width, device=self.model.device)
+        return found.new_zeros(len(self.batch), found.shape[1]).index_copy(0, rows, found)
+
     def _embed(self, field: str, view: int) -> Tensor:
         tower, present = self.tower(field), self.present(field)
         if field in self.batch.items:

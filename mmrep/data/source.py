@@ -133,10 +133,12 @@ def require_unique(ids: Iterable[Any], column: str) -> None:
     twice = [(value, n) for value, n in Counter(str(v) for v in ids if not is_missing(v)).items() if n > 1]
     if twice:
         shown = ", ".join(f"{value!r} ({n} times)" for value, n in twice[:3])
-        raise ConfigError([
-            f"id: column {column!r} holds {len(twice)} ids more than once: {shown}. Ids must be unique: leave `id` out "
-            f"to number the records, and say `group: {column}` if equal values mark positives of each other"
-        ])
+        raise ConfigError(
+            [
+                f"id: column {column!r} holds {len(twice)} ids more than once: {shown}. Ids must be unique: leave `id` out "
+                f"to number the records, and say `group: {column}` if equal values mark positives of each other"
+            ]
+        )
 
 
 def is_missing(value: Any) -> bool:

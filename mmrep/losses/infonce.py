@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mmrep.losses._batch import PairBatch, pair_batch
 from mmrep.losses._logsumexp import tiled_logsumexp
+from mmrep.losses._soft import Soften
 from mmrep.losses._tiles import Tile, row_dots
 from mmrep.world import World
 
@@ -26,6 +27,9 @@ def info_nce(
     valid: Tensor | None = None,
     symmetric: bool = True,
     duplicates: Duplicates = "positive",
+    soft: Tensor | None = None,
+    soft_weight: float = 0.5,
+    soft_temperature: float = 0.05,
     world: World | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
@@ -42,6 +46,11 @@ def info_nce(
     it is :math:`L^{sup}_{out}` of supervised contrast (arXiv:2004.11362, equation 2) between two fields: the mean over
     positives is outside the logarithm, and all positives are in the denominator.
 
+    With ``soft`` features f the target of a row is softened by the similarity of the pairs in their (frozen) space, as
+    in SoftCLIP (arXiv:2303.17561, equation 6): the mean positive logit above is replaced by
+    ``(1 - soft_weight) * mean_{p in P(i)} s_ip + soft_weight * sum_{j in V} q_ij s_ij`` with
+    ``q_ij = softmax_j(cos(f_i - mean f, f_j - mean f) / soft_temperature)``, and likewise for columns.
+
     Args:
         a: [n, D] this rank's rows; the caller has normalised them. bf16 and fp16 are cast to float32 before any product
             and autocast is off inside; two float64 inputs stay float64.
@@ -54,6 +63,9 @@ def info_nce(
         symmetric: add the ``b`` to ``a`` direction.
         duplicates: what the other pairs of a group are: "positive" as above, or "mask": left out of the denominators,
             so that P(i) = {i} and a pair's duplicates neither attract nor repel.
+        soft: [n, F] features of the pairs in a frozen space; never with ``duplicates="mask"``. No gradient reaches it.
+        soft_weight: share of the soft target, 0 to 1.
+        soft_temperature: of the softmax over similarities; the smaller, the closer to the pair itself.
         world: the ranks that share the batch; None is one process.
         tile: rows and columns held at a time.
 
@@ -66,13 +78,15 @@ def info_nce(
     """
     _check_duplicates(duplicates)
     batch = pair_batch(a, b, scale=scale, negatives=negatives, group=group, valid=valid, world=world)
-    return _loss(batch, symmetric=symmetric, duplicates=duplicates, tile=tile)
+    softening = _soften(batch, soft, valid, soft_weight, soft_temperature, duplicates)
+    return _loss(batch, symmetric=symmetric, duplicates=duplicates, softening=softening, tile=tile)
 
 
 class InfoNCE(nn.Module):
     """`info_nce` as a component; see there for the equation."""
 
     needs_bias = False
+    takes_soft = True
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -81,13 +95,18 @@ class InfoNCE(nn.Module):
         Attributes:
             symmetric: contrast in both directions.
             duplicates: pairs of one group are each other's positives, or are masked out of the denominators.
+            soft_weight: share of the soft target, where the objective gives soft features.
+            soft_temperature: of the similarities in the space of the soft features.
         """
 
         symmetric: bool = True
         duplicates: Duplicates = "positive"
+        soft_weight: float = 0.5
+        soft_temperature: float = 0.05
 
         def __post_init__(self) -> None:
             _check_duplicates(self.duplicates)
+            _check_soft(self.soft_weight, self.soft_temperature)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -103,6 +122,7 @@ class InfoNCE(nn.Module):
         negatives: Tensor | None = None,
         group: Tensor | None = None,
         valid: Tensor | None = None,
+        soft: Tensor | None = None,
         world: World | None = None,
     ) -> dict[str, Tensor]:
         """Return ``loss`` and ``n``, the global number of valid pairs (int64); arguments as `info_nce`.
@@ -112,7 +132,9 @@ class InfoNCE(nn.Module):
         if bias is not None:
             raise ValueError("InfoNCE takes no bias: its gradient would be zero. Use SigLIP, or leave the bias out")
         batch = pair_batch(a, b, scale=scale, negatives=negatives, group=group, valid=valid, world=world)
-        loss = _loss(batch, symmetric=self.config.symmetric, duplicates=self.config.duplicates)
+        c = self.config
+        softening = _soften(batch, soft, valid, c.soft_weight, c.soft_temperature, c.duplicates)
+        loss = _loss(batch, symmetric=c.symmetric, duplicates=c.duplicates, softening=softening)
         return {"loss": loss, "n": torch.tensor(batch.pairs, device=loss.device)}
 
 
@@ -121,7 +143,42 @@ def _check_duplicates(duplicates: str) -> None:
         raise ValueError(f"duplicates is 'positive' or 'mask', got {duplicates!r}")
 
 
-def _loss(batch: PairBatch, *, symmetric: bool, duplicates: Duplicates, tile: Tile | None = None) -> Tensor:
+def _check_soft(weight: float, temperature: float) -> None:
+    if not 0 <= weight <= 1 or temperature <= 0:
+        raise ValueError(f"soft_weight is from 0 to 1 and soft_temperature above 0, got {weight} and {temperature}")
+
+
+Softening = tuple[Soften, float]
+
+
+def _soften(
+    batch: PairBatch,
+    soft: Tensor | None,
+    valid: Tensor | None,
+    weight: float,
+    temperature: float,
+    duplicates: Duplicates,
+) -> Softening | None:
+    if soft is None:
+        return None
+    _check_soft(weight, temperature)
+    if duplicates == "mask":
+        raise ValueError("soft targets give weight to other pairs of a group, duplicates='mask' takes it: choose one")
+    rows = len(batch.a) if valid is None else len(valid)
+    if soft.ndim != 2 or len(soft) != rows:
+        raise ValueError(f"soft must be [{rows}, F], one row per pair, got {tuple(soft.shape)}")
+    features = soft if valid is None else soft[valid]
+    return Soften(features, temperature, batch.world, batch.a.dtype), weight
+
+
+def _loss(
+    batch: PairBatch,
+    *,
+    symmetric: bool,
+    duplicates: Duplicates,
+    softening: Softening | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
     with torch.autocast(batch.a.device.type, enabled=False):
         masked = batch.groups is not None and duplicates == "mask"
         positives = _positive_logits(batch, own_only=masked or batch.groups is None)
@@ -135,13 +192,22 @@ def _loss(batch: PairBatch, *, symmetric: bool, duplicates: Duplicates, tile: Ti
         )
         if masked:
             rows = torch.logaddexp(rows, positives)  # the pair itself is of its own group, so it was left out too
+        row_positives = column_positives = positives
+        if softening is not None:
+            soft, weight = softening
+            everyone = batch.keys[: batch.pairs]
+            row_positives = torch.lerp(positives, soft.logits(batch.a, everyone, batch.scale), weight)
         if not symmetric:
-            return batch.reduce((rows - positives).sum())
+            return batch.reduce((rows - row_positives).sum())
+        if softening is not None:
+            soft, weight = softening
+            everyone = batch.world.gather(batch.a)
+            column_positives = torch.lerp(positives, soft.logits(batch.b, everyone, batch.scale), weight)
         # The rows of one rank are a part of each column: only these partial sums travel, never a second set of keys.
         columns = batch.world.logsumexp(columns[: batch.pairs])[batch.own]
         if masked:
             columns = torch.logaddexp(columns, positives)
-        return batch.reduce(((rows + columns) / 2 - positives).sum())
+        return batch.reduce(((rows - row_positives) + (columns - column_positives)).sum() / 2)
 
 
 def _positive_logits(batch: PairBatch, *, own_only: bool) -> Tensor:

@@ -59,6 +59,7 @@ class SigLIP(nn.Module):
     """`siglip` as a component; see there for the equation."""
 
     needs_bias = True
+    takes_soft = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -183,7 +183,7 @@ class Trainer:
         if self._look_every == 1:
             self._look()
         elif not scaled:
-            cast(Any, self.optimizer).found_inf = signals[0].clone()  # the fused kernels then skip this step
+            cast(Any, self.optimizer).found_inf = signals[0].clamp(max=1)  # fused kernels skip the step at 1
         if self.optim.clip_norm is not None:  # after the look, which wants to see who spoiled the gradient
             nn.utils.clip_grads_with_norm_(self._parallel.parameters(), self.optim.clip_norm, norm)
         self._prepared.step()

@@ -37,6 +37,7 @@ class ImageCNN(ImageEncoder):
 
         widths: channels of each stage; the last is D. depths: blocks in each stage. block: "residual" is two 3 x 3
         convolutions around a shortcut (ResNet, arXiv:1512.03385, with average-pooled shortcuts, arXiv:1812.01187);
+        "plain" is one 3 x 3 convolution without a shortcut (VGG, arXiv:1409.1556), half the cost and fine when shallow;
         "convnext" is a depthwise convolution and an MLP (arXiv:2201.03545). norm: "batch", "group" (16 channels in a
         group) or "layer" (all channels and cells of a sample together). activation: between and after convolutions.
         stem_stride: 1, 2 or 4; the stem's kernel is then 3, 4 or 4. kernel: side of the depthwise convolution, odd.
@@ -45,7 +46,7 @@ class ImageCNN(ImageEncoder):
 
         widths: tuple[Count, ...] = (64, 128, 256)
         depths: tuple[Count, ...] = (1, 1, 1)
-        block: Literal["residual", "convnext"] = "residual"
+        block: Literal["residual", "plain", "convnext"] = "residual"
         norm: Literal["batch", "group", "layer"] = "batch"
         activation: Literal["relu", "gelu", "silu"] = "gelu"
         stem_stride: Literal[1, 2, 4] = 2
@@ -70,9 +71,10 @@ class ImageCNN(ImageEncoder):
         before = first
         for number, (width, depth) in enumerate(zip(config.widths, config.depths, strict=True)):
             stride = 2 if number else 1
-            if config.block == "residual":
+            if config.block != "convnext":
+                block = Residual if config.block == "residual" else Plain
                 blocks: list[nn.Module] = [
-                    Residual(config, before if i == 0 else width, width, stride if i == 0 else 1) for i in range(depth)
+                    block(config, before if i == 0 else width, width, stride if i == 0 else 1) for i in range(depth)
                 ]
             else:
                 blocks = [ConvNeXt(config, width) for _ in range(depth)]
@@ -125,6 +127,15 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C', H / stride, W / stride]."""
         return self.activation(self.branch(x) + self.shortcut(x))
+
+
+class Plain(nn.Sequential):
+    """One 3 x 3 convolution, norm and activation."""
+
+    def __init__(self, config: ImageCNN.Config, before: int, width: int, stride: int) -> None:
+        super().__init__(
+            nn.Conv2d(before, width, 3, stride, 1, bias=False), _norm(config, width), _ACTIVATIONS[config.activation]()
+        )
 
 
 class ConvNeXt(nn.Module):

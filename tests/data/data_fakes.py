@@ -112,6 +112,7 @@ def make_reader(**options) -> Reader:
 
 def same(a, b) -> bool:
     """Whether two batches are bitwise equal."""
+
     def equal(x, y):
         return x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x)
 

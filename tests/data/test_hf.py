@@ -50,7 +50,9 @@ def test_a_dataset_in_memory(dataset, reader):
     assert [(note.id, note.field, note.cause) for note in bad] == [("k4", "image", "unreadable file")]
     assert source.fingerprint() == HFDataset.wrap(dataset, id="key", label="kind", group="kind").fingerprint()
     assert HFDataset.wrap(dataset)[3].id == "3"
-    assert HFDataset.wrap(dataset.with_format("numpy"))[3].fields == expected(3).fields
+    formatted = HFDataset.wrap(dataset.with_format("numpy"))[3].fields
+    assert formatted == expected(3).fields
+    assert type(formatted["kind"]) is int
 
 
 @pytest.mark.parametrize(("shards", "parts"), [(1, 1), (4, 2), (4, 3), (2, 5), (1, 3)])
@@ -58,7 +60,9 @@ def test_a_dataset_in_memory(dataset, reader):
 def test_every_part_of_a_stream(dataset, shards, parts, seed):
     source = HFDataset.wrap(dataset.to_iterable_dataset(num_shards=shards), label="kind")
     assert source.streaming
-    found = [s for part in range(parts) for s in source.stream(part, parts, seed)]
+    each = [list(source.stream(part, parts, seed)) for part in range(parts)]
+    assert all(each)
+    found = [s for part in each for s in part]
     assert sorted(s.fields["key"] for s in found) == sorted(f"k{i}" for i in range(N))
     assert len({s.id for s in found}) == N
     assert sorted(s.id for s in found) == sorted(s.id for s in source.stream())

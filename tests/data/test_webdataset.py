@@ -72,7 +72,9 @@ def test_patterns_and_keys_that_recur_in_shards(shards, pattern):
 @pytest.mark.parametrize("seed", [None, 4])
 def test_parts_hold_each_sample_once(shards, parts, seed):
     source = build(shards / "*.tar")
-    assert sorted(i for p in range(parts) for i in ids(source, p, parts, seed)) == sorted(ids(source))
+    each = [ids(source, p, parts, seed) for p in range(parts)]
+    assert sorted(i for part in each for i in part) == sorted(ids(source))
+    assert all(each) or parts > 12
 
 
 def test_a_seed_reorders_the_shards(shards):

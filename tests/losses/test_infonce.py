@@ -217,3 +217,41 @@ def test_errors_say_what_is_wrong(changes, message):
     arguments = {"a": torch.zeros(4, 6), "b": torch.zeros(4, 6), "scale": 10.0, **changes}
     with pytest.raises(ValueError, match=message):
         info_nce(arguments.pop("a"), arguments.pop("b"), **arguments)
+
+
+def test_soft_targets_equal_the_twin_for_any_weight_and_reach_no_feature():
+    generator = torch.Generator().manual_seed(5)
+    a, b = (F.normalize(torch.randn(9, 4, generator=generator, dtype=torch.float64), dim=1) for _ in range(2))
+    soft = torch.randn(9, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    for weight, temperature in ((0.0, 0.1), (0.3, 0.05), (1.0, 0.5)):
+        options = {"soft_weight": weight, "soft_temperature": temperature}
+        a_, b_, scale = (
+            a.clone().requires_grad_(),
+            b.clone().requires_grad_(),
+            torch.tensor(7.0).double().requires_grad_(),
+        )
+        ours = info_nce(a_, b_, scale=scale, soft=soft, **options)
+        twin = info_nce_twin(a_, b_, scale, soft=soft.detach(), **options)
+        torch.testing.assert_close(ours, twin)
+        for x, y in zip(*(torch.autograd.grad(loss, [a_, b_, scale]) for loss in (ours, twin)), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-12)
+        ours = info_nce(a_, b_, scale=scale, soft=soft, **options)
+        ours.backward()
+        assert soft.grad is None
+
+
+def test_soft_weight_zero_is_the_plain_loss_and_a_sharp_temperature_nearly_so():
+    a, b = (F.normalize(torch.randn(7, 4, generator=torch.Generator().manual_seed(i)), dim=1) for i in range(2))
+    plain = info_nce(a, b, scale=5.0)
+    torch.testing.assert_close(info_nce(a, b, scale=5.0, soft=a, soft_weight=0.0), plain)
+    torch.testing.assert_close(info_nce(a, b, scale=5.0, soft=a, soft_temperature=1e-4), plain)
+
+
+def test_soft_targets_are_refused_with_the_wrong_rows_range_or_company():
+    a = F.normalize(torch.randn(4, 3), dim=1)
+    with pytest.raises(ValueError, match=r"soft must be \[4, F\]"):
+        info_nce(a, a, scale=1.0, soft=torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        info_nce(a, a, scale=1.0, soft=a, soft_weight=1.5)
+    with pytest.raises(ValueError, match="choose one"):
+        info_nce(a, a, scale=1.0, soft=a, duplicates="mask")

@@ -26,6 +26,8 @@ SOME = torch.tensor([1, 1, 0, 1, 1, 0, 1, 1, 1, 0, 1], dtype=torch.bool)
 LATE_ONLY = torch.arange(11) >= 9  # all rows of a rank are invalid: ranks 0 and 2 of 4, and 0 of 2
 NONE = torch.zeros(11, dtype=torch.bool)
 
+SOFT = torch.randn(11, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 2  # a narrow cone
+
 CASES: dict[str, dict[str, Any]] = {
     "pairs": {},
     "one direction": {"symmetric": False},
@@ -38,8 +40,14 @@ CASES: dict[str, dict[str, Any]] = {
     "no valid row anywhere": {"valid": NONE},
     "everything": {"negatives": True, "group": GROUP, "valid": SOME},
     "everything masked": {"negatives": True, "group": GROUP, "valid": SOME, "duplicates": "mask"},
+    "soft targets": {"soft": SOFT, "soft_weight": 0.4, "soft_temperature": 0.3},
+    "soft targets, one direction": {"soft": SOFT, "symmetric": False},
+    "everything soft": {"soft": SOFT, "negatives": True, "group": GROUP, "valid": SOME},
+    "soft, a rank without a valid row": {"soft": SOFT, "valid": LATE_ONLY},
 }
-SIGLIP_CASES = {f"siglip: {name}": case for name, case in CASES.items() if not {"symmetric", "duplicates"} & set(case)}
+SIGLIP_CASES = {
+    f"siglip: {name}": case for name, case in CASES.items() if not {"symmetric", "duplicates", "soft"} & set(case)
+}
 
 
 def data() -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,9 @@ def info_nce_twin(
     valid: Tensor | None = None,
     symmetric: bool = True,
     duplicates: str = "positive",
+    soft: Tensor | None = None,
+    soft_weight: float = 0.5,
+    soft_temperature: float = 0.05,
 ) -> Tensor:
     members = [i for i in range(len(a)) if valid is None or valid[i]]
     if not members:
@@ -27,12 +30,28 @@ def info_nce_twin(
         positives = same[i] if duplicates == "positive" else [i]
         row = [scale * (a[i] @ b[j]) for j in others]
         row += [] if negatives is None else [scale * (a[i] @ x) for x in negatives]
+        if soft is not None:  # one soft term in each direction, beside the mean over the positives
+            total = total + soft_weight * _soft_terms(i, members, a, b, scale, soft, soft_temperature, row, symmetric)
         terms = [torch.logsumexp(torch.stack(row), 0) - scale * (a[i] @ b[p]) for p in positives]
         if symmetric:
             column = [scale * (a[j] @ b[i]) for j in others]
             terms += [torch.logsumexp(torch.stack(column), 0) - scale * (a[p] @ b[i]) for p in positives]
-        total = total + torch.stack(terms).mean()
+        total = total + (1.0 if soft is None else 1 - soft_weight) * torch.stack(terms).mean()
     return total / len(members)
+
+
+def _soft_terms(i, members, a, b, scale, soft, temperature, row, symmetric) -> Tensor:
+    centre = torch.stack([soft[j] for j in members]).mean(0)
+    cosines = torch.stack([F.cosine_similarity(soft[i] - centre, soft[j] - centre, dim=0) for j in members])
+    q = torch.softmax(cosines / temperature, 0)
+    rows = torch.logsumexp(torch.stack(row), 0) - sum(
+        w * scale * (a[i] @ b[j]) for w, j in zip(q, members, strict=True)
+    )
+    if not symmetric:
+        return rows
+    column = torch.logsumexp(torch.stack([scale * (a[j] @ b[i]) for j in members]), 0)
+    columns = column - sum(w * scale * (a[j] @ b[i]) for w, j in zip(q, members, strict=True))
+    return (rows + columns) / 2
 
 
 def siglip_twin(

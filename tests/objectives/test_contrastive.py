@@ -204,3 +204,25 @@ def test_1076_a_bias_that_no_loss_uses_is_refused_because_ddp_would_hang():
 def test_an_unknown_field_asked_of_a_step_has_a_near_match():
     with pytest.raises(UnknownNameError, match="unknown field 'xx'; did you mean 'x'"):
         step_of(build(), batch()).embedding("xx")
+
+
+def test_soft_targets_come_from_the_features_of_a_frozen_tower():
+    pair = {"between": ["x", "y"], "soft": "y"}
+    root, b = build([contrastive([pair])], frozen=True), batch(5, missing={("y", 2)})
+    x, y = (step_of(root, b).embedding(f) for f in "xy")
+    features = torch.zeros(5, 8)
+    features[[0, 1, 3, 4]] = root.model.tower("b").features(b.inputs["y"][0]).detach()
+    from mmrep.losses.infonce import info_nce
+
+    expected = info_nce(x, y, scale=5.0, soft=features, valid=b.present["y"])
+    torch.testing.assert_close(root(b)["loss"], expected)
+    memoised = batch(5, missing={("y", 2)}, memo=("y",))
+    torch.testing.assert_close(root(memoised)["loss"], expected)
+
+
+def test_soft_targets_of_a_moving_tower_or_another_loss_are_refused():
+    pair = {"between": ["x", "y"], "soft": "y"}
+    with pytest.raises(ConfigError, match="must be frozen"):
+        build([contrastive([pair])])
+    with pytest.raises(ConfigError, match="takes no soft targets"):
+        build([contrastive([pair], loss="siglip")], frozen=True, bias=-10.0)

@@ -1,47 +1,16 @@
 from __future__ import annotations
 
-import logging
 import math
-import random
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from mmrep.schedules import Schedule
-from mmrep.training.contracts import Callback, TrainConfig
-from mmrep.training.errors import CheckpointError, NonFiniteLoss, ResumeError
+from mmrep.training.contracts import TrainConfig
 from mmrep.training.trainer import Trainer
-from tests.training.toys import ToyLoader, ToyRoot, lines, tensors, toy_trainer
-
-
-class Recorder(Callback):
-    def __init__(self):
-        self.events = []
-
-    def on_step_end(self, trainer, step):
-        self.events.append(("step", step))
-        torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
-
-    def on_eval(self, trainer, step):
-        self.events.append(("eval", step, trainer.root.training))
-        torch.rand(step)
-        return {"eval/metric": float(step)}
-
-    def on_save(self, trainer, folder):
-        self.events.append(("save", folder.name))
-        torch.rand(5)
-
-    def on_fit_end(self, trainer, summary):
-        self.events.append(("end", summary["steps"]))
-
-
-def same(a, b):
-    a, b = tensors(a), tensors(b)
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+from tests.training.toys import Recorder, ToyLoader, ToyRoot, lines, same, toy_trainer
 
 
 def test_learns(tmp_path):
@@ -76,49 +45,11 @@ def test_lines_hold_what_was_computed(tmp_path):
     assert second["scale/temperature"] == pytest.approx(root.temperature.log_scale.exp().item())
 
 
-@pytest.mark.parametrize("cut", range(5, 21))
-def test_resume_is_bitwise(tmp_path, cut):
-    """Killed after any step (checkpoints fall inside metrics windows and at ends of epochs) and resumed."""
-    straight = toy_trainer(tmp_path / "straight", eval_every=5, callbacks=[Recorder()])
-    straight.fit()
-
-    class Kill(Callback):
-        def on_step_end(self, trainer, step):
-            if step == cut:
-                raise InterruptedError
-
-    with pytest.raises(InterruptedError):
-        toy_trainer(tmp_path / "cut", eval_every=5, callbacks=[Recorder(), Kill()]).fit()
-    resumed = toy_trainer(tmp_path / "cut", eval_every=5, callbacks=[Recorder()], root=ToyRoot(seed=9))
-    resumed.fit(resume=True)
-    same(straight, resumed)
-    assert lines(tmp_path / "straight") == lines(tmp_path / "cut")
-    assert resumed.loader.served == straight.loader.served[(cut - 1) // 4 * 4 :]
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_resume_with_other_optimizers(tmp_path, optimizer):
-    options = {"optimizer": optimizer, "clip_norm": None, "schedule": Schedule(shape="constant")}
-    straight = toy_trainer(tmp_path / "a", optim=options)
-    straight.fit()
-    toy_trainer(tmp_path / "b", steps=8, optim=options).fit()
-    resumed = toy_trainer(tmp_path / "b", root=ToyRoot(seed=9), optim=options)
-    resumed.fit(resume=True)
-    same(straight, resumed)
-
-
-def test_watching_does_not_change_the_run(tmp_path):
-    alone = toy_trainer(tmp_path / "a")
-    alone.fit()
-    watched = toy_trainer(tmp_path / "b", callbacks=[Recorder()], eval_every=2, save_every=1)
-    watched.fit()
-    same(alone, watched)
-
-
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_equals_a_loop_written_by_hand(optimizer):
     """The slow twin: no Accelerate, no fused kernels, groups and schedule and clipping spelled out."""
-    root, loader = ToyRoot(), ToyLoader()
+    root, twin, loader = ToyRoot(), ToyRoot(), ToyLoader()
+    root.norm = twin.norm = nn.Identity()  # a bias before batch norm has a gradient of noise, which Adam blows up
     torch.manual_seed(3)
     matrices = [root.encode.weight, root.decode.weight]
     rest = [p for p in root.parameters() if not any(p is m for m in matrices)]
@@ -147,9 +78,9 @@ def test_equals_a_loop_written_by_hand(optimizer):
             root.after_optimizer_step()
             step += 1
             batch = next(iterator, None)
-    trainer = toy_trainer(None, optim={"optimizer": optimizer})
+    trainer = toy_trainer(None, root=twin, optim={"optimizer": optimizer})
     trainer.fit()
-    for (name, a), b in zip(root.state_dict().items(), trainer.root.state_dict().values(), strict=True):
+    for (name, a), b in zip(root.state_dict().items(), twin.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
 
 
@@ -226,104 +157,6 @@ def test_train_mode_respects_frozen_parts():
     assert torch.equal(root.frozen.running_mean, torch.zeros(6))
 
 
-def _nan_part(at):
-    def poison(root, batch, fit, other):
-        return fit, other * torch.nan if root.calls == at else other
-
-    return poison
-
-
-def test_a_non_finite_loss_stops_with_step_ids_and_culprit(tmp_path):
-    trainer = toy_trainer(tmp_path, root=ToyRoot(poison=_nan_part(7)), save_every=2)
-    with pytest.raises(NonFiniteLoss) as caught:
-        trainer.fit()
-    assert caught.value.step == 7
-    assert caught.value.ids == trainer.loader.served[6]
-    assert caught.value.culprits == ["other = nan"]
-    assert caught.value.checkpoint == tmp_path / "checkpoints" / "step-00000006"
-    for text in ("step 7", "other = nan", "step-00000006", ", ".join(trainer.loader.served[6])):
-        assert text in str(caught.value)
-    before = toy_trainer(None, steps=6, optim={"schedule": trainer.optim.schedule})
-    before.total_steps = 20  # the same schedule
-    loaded = toy_trainer(tmp_path, steps=6)
-    loaded.fit(resume=True)
-    assert torch.equal(loaded.root.encode.weight, trainer.root.encode.weight)  # the bad step moved nothing
-    assert [row["step"] for row in lines(tmp_path)] == [3, 6]
-
-
-def test_a_non_finite_gradient_of_a_finite_loss_stops():
-    def poison(root, batch, fit, other):
-        bad = (root.decode.bias * 0).abs().sqrt().sum()  # value 0, gradient 0 * inf
-        return fit, other + bad if root.calls == 3 else other
-
-    root = ToyRoot(poison=poison)
-    with pytest.raises(NonFiniteLoss) as caught:
-        toy_trainer(None, root=root).fit()
-    assert caught.value.step == 3
-    assert caught.value.culprits == ["gradient of decode.bias"]
-    assert torch.isfinite(root.decode.bias).all()
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_on_a_device_that_is_asked_rarely_the_bad_step_is_found_and_moves_nothing(optimizer):
-    """As on a GPU: looked at every 5 steps. Later steps run, but step 7 is named and was skipped by the kernel."""
-    moves = {}
-
-    def poison(root, batch, fit, other):
-        moves[root.calls] = root.encode.weight.detach().clone()
-        return fit, other * torch.nan if root.calls == 7 else other
-
-    trainer = toy_trainer(None, root=ToyRoot(poison=poison), log_every=5, save_every=None,
-                          optim={"optimizer": optimizer})
-    trainer._look_every = 5
-    with pytest.raises(NonFiniteLoss) as caught:
-        trainer.fit()
-    assert trainer.root.calls == 10
-    assert caught.value.step == 7
-    assert caught.value.ids == trainer.loader.served[6]
-    assert caught.value.culprits == ["other = nan"]
-    assert torch.equal(moves[7], moves[8])
-    assert not torch.equal(moves[6], moves[7])
-    assert not torch.equal(moves[8], moves[9])
-    assert torch.isfinite(trainer.root.encode.weight).all()
-
-
-class _Reads(TorchFunctionMode):
-    """Counts what makes a GPU wait."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in {torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__bool__,
-                    torch.Tensor.__int__, torch.Tensor.numpy, torch.Tensor.cpu}:  # fmt: skip
-            self.found.append(func.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-def test_no_reading_of_the_device_between_lines():
-    class Quiet(ToyRoot):
-        def forward(self, batch):
-            self.seen_scales = []
-            x = batch.inputs["x"][0]["values"]
-            fit = (self.decode(self.norm(self.encode(x))) - x).square().mean()
-            return {"loss": fit + self.temperature.log_scale.mean() * 0, "fit": fit}
-
-        def after_optimizer_step(self):
-            pass
-
-    reads = []
-    for steps in (10, 20):
-        options = {"steps": steps, "log_every": steps, "save_every": None}
-        trainer = toy_trainer(None, root=Quiet(), loader=ToyLoader(n=400), **options)
-        trainer._look_every = steps
-        with _Reads() as mode:
-            trainer.fit()
-        reads.append(len(mode.found))
-    assert reads[0] == reads[1] > 0, mode.found
-
-
 def test_quarantined_samples_are_reported_with_how_many_were_read(tmp_path):
     calls = []
     loader = ToyLoader(bad={3, 17})
@@ -334,8 +167,9 @@ def test_quarantined_samples_are_reported_with_how_many_were_read(tmp_path):
         step = next(i for i, rows in enumerate(loader.served) if bad[0].id in rows)
         assert seen == 8 * (step + 1)
     seen_later = []
-    resumed = toy_trainer(tmp_path, loader=ToyLoader(bad={3, 17}), steps=12,
-                          on_quarantined=lambda bad, seen: seen_later.append(seen))
+    resumed = toy_trainer(
+        tmp_path, loader=ToyLoader(bad={3, 17}), steps=12, on_quarantined=lambda bad, seen: seen_later.append(seen)
+    )
     resumed.fit(resume=True)
     assert min(seen_later) > 48
 
@@ -377,72 +211,6 @@ def test_each_epoch_has_its_order_and_all_samples():
 def test_no_data():
     with pytest.raises(ValueError, match="no batch"):
         toy_trainer(None, loader=ToyLoader(n=3), steps=2).fit()
-
-
-def test_a_run_is_not_overwritten(tmp_path):
-    toy_trainer(tmp_path, steps=8).fit()
-    with pytest.raises(ResumeError, match=r"already holds a run up to step 8.*--resume"):
-        toy_trainer(tmp_path, steps=8).fit()
-
-
-def test_resume_of_nothing_starts_anew(tmp_path, caplog):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 1}\n{"st')  # killed before the first checkpoint
-    toy_trainer(tmp_path, steps=6).fit(resume=True)
-    assert "starting from the beginning" in caplog.text
-    assert [row["step"] for row in lines(tmp_path)] == [3, 6]
-
-
-def test_resume_of_a_finished_run_does_nothing(tmp_path):
-    first = toy_trainer(tmp_path, steps=8)
-    first.fit()
-    before = lines(tmp_path)
-    again = toy_trainer(tmp_path, steps=8, root=ToyRoot(seed=4))
-    assert again.fit(resume=True)["steps"] == 8
-    same(first, again)
-    assert lines(tmp_path) == before
-    assert again.root.calls == 0
-
-
-def test_resume_says_what_was_changed(tmp_path, caplog):
-    toy_trainer(tmp_path, steps=4).fit()
-    with caplog.at_level(logging.WARNING):
-        toy_trainer(tmp_path, steps=8, optim={"lr": 0.5}).fit(resume=True)
-    assert "train.steps: 8, was 4" in caplog.text
-    assert "optim.lr: 0.5, was 0.02" in caplog.text
-    assert "train.seed" not in caplog.text
-
-
-def test_a_damaged_newest_checkpoint_is_skipped(tmp_path):
-    straight = toy_trainer(tmp_path / "a")
-    straight.fit()
-    toy_trainer(tmp_path / "b").fit()
-    (tmp_path / "b/checkpoints/step-00000020/optimizer.safetensors").write_bytes(b"")
-    resumed = toy_trainer(tmp_path / "b", root=ToyRoot(seed=9))
-    resumed.fit(resume=True)
-    assert resumed.root.calls == 4
-    same(straight, resumed)
-    assert lines(tmp_path / "a") == lines(tmp_path / "b")
-
-
-def test_a_full_disk_stops_the_run_and_it_can_be_resumed(tmp_path, monkeypatch):
-    from mmrep.training import checkpoint
-
-    straight = toy_trainer(tmp_path / "a")
-    straight.fit()
-    original = checkpoint._write
-
-    def full(path, content):
-        if "step-00000008" in str(path):
-            raise OSError(28, "No space left on device")
-        return original(path, content)
-
-    monkeypatch.setattr(checkpoint, "_write", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        toy_trainer(tmp_path / "b").fit()
-    monkeypatch.undo()
-    resumed = toy_trainer(tmp_path / "b", root=ToyRoot(seed=9))
-    resumed.fit(resume=True)
-    same(straight, resumed)
 
 
 def test_precision(monkeypatch):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from mmrep.data.batch import Batch
 from mmrep.data.sample import Quarantined
 from mmrep.schedules import Schedule
+from mmrep.training.contracts import Callback
 from mmrep.training.optim import OptimConfig
 from mmrep.training.trainer import TrainConfig, Trainer
 
@@ -124,6 +127,33 @@ def lines(folder):
     """metrics.jsonl without what depends on the clock."""
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in {"seconds", "samples_per_second"}} for row in rows]
+
+
+class Recorder(Callback):
+    def __init__(self):
+        self.events = []
+
+    def on_step_end(self, trainer, step):
+        self.events.append(("step", step))
+        torch.rand(3), random.random(), np.random.rand()  # noqa: NPY002
+
+    def on_eval(self, trainer, step):
+        self.events.append(("eval", step, trainer.root.training))
+        torch.rand(step)
+        return {"eval/metric": float(step)}
+
+    def on_save(self, trainer, folder):
+        self.events.append(("save", folder.name))
+        torch.rand(5)
+
+    def on_fit_end(self, trainer, summary):
+        self.events.append(("end", summary["steps"]))
+
+
+def same(a, b):
+    a, b = tensors(a), tensors(b)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 if __name__ == "__main__":  # python -m tests.training.toys FOLDER STEPS: a run to be killed

@@ -95,6 +95,7 @@ def test_another_size(tmp_path: Path):
     assert encoder.tokenize({"pixels": torch.zeros(1, 3, 48, 48)}).grid.shape == (6, 6)
     timm = component("encoders", "open-clip-image", model="tiny-timm", size=64).build()
     assert timm.tokenize({"pixels": torch.zeros(1, 3, 64, 64)}).grid.shape == (4, 4)
+    assert timm.trunk.model.pos_embed.shape[1] == 1 + 16, "positions stay those of another size, resampled at each call"
 
 
 def test_what_is_refused(tmp_path: Path):

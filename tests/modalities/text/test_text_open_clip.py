@@ -176,6 +176,12 @@ def test_only_the_text_tower_is_kept_and_random_without_pretrained() -> None:
     assert not torch.equal(one.text.token_embedding.weight, two.text.token_embedding.weight)
 
 
+def test_the_activation_of_the_models_name_holds_without_pretrained_weights_too() -> None:
+    for name, activation in (("mmrep-test-clip", "GELU"), ("mmrep-test-quick", "QuickGELU")):
+        encoder = component("encoders", "open-clip-text", model=name).build()
+        assert type(encoder.text.transformer.resblocks[0].mlp.gelu).__name__ == activation
+
+
 def test_a_tag_with_another_activation_sets_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`ViT-B-32` with tag `openai` needs QuickGELU, which the name alone does not say; open_clip only warns."""
     full, _ = pair("mmrep-test-quick", tmp_path)
