@@ -293,9 +293,8 @@ class _Column:
     def __iter__(self) -> Any:
         names = [f for f, t in self.run.recipe.data.fields.items() if t == self.tower]
         for sample in islice(self.run.train_source.stream(), _FIT_SAMPLES):
-            for name in names if isinstance(sample, Sample) else ():
-                if sample.fields.get(name) is not None:
-                    yield sample.fields[name]
+            if isinstance(sample, Sample):
+                yield from (sample.fields[name] for name in names if sample.fields.get(name) is not None)
 
 
 def open_run(folder: Path | str) -> Run:

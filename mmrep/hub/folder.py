@@ -35,10 +35,10 @@ class ModelFolderError(ValueError):
 def write(model: Model, folder: Path) -> None:
     """Write config, weights, encoder files and fingerprint into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, tower in model.towers.items():
+    for name in model.towers:
         target = folder / FILES / name
         target.mkdir(parents=True, exist_ok=True)
-        tower.encoder.save_files(target)
+        model.tower(name).encoder.save_files(target)
         if not any(target.iterdir()):
             target.rmdir()
     save_file(_unshared(model.state_dict()), folder / WEIGHTS, metadata={"format": "pt"})
