@@ -37,7 +37,7 @@ _PUBLIC = {
     "recipe_names": "mmrep.recipe",
 }
 
-__all__ = [*_PUBLIC, "__version__", "list_encoders"]
+__all__ = ["__version__", "list_encoders", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def list_encoders(pattern: str = "*") -> list[str]:

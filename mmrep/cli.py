@@ -84,7 +84,7 @@ def encode(
 
     values: list[Any] = [line.rstrip("\n") for line in sys.stdin] if inputs == ["-"] else list(inputs)
     vectors = load(_model_folder(model)).encode(values, modality, batch_size=batch_size, truncate_dim=truncate_dim)
-    np.save(out, vectors, allow_pickle=False)
+    np.save(out, np.asarray(vectors), allow_pickle=False)
     typer.echo(f"{len(values)} embeddings → {out}", err=True)
 
 

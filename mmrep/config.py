@@ -151,7 +151,7 @@ def merge(base: Any, changes: Any) -> Any:
     if isinstance(base, str) and isinstance(changes, Mapping) and "type" not in changes:
         base = {"type": base}  # a component written as its bare name
     if not (isinstance(base, Mapping) and isinstance(changes, Mapping)):
-        return changes
+        return cast(Any, changes)
     old, new = cast("Mapping[str, Any]", base), cast("Mapping[str, Any]", changes)
     if "type" in new and new["type"] != old.get("type", new["type"]):
         return dict(new)
@@ -228,7 +228,9 @@ def _container(hint: Any, value: Any, path: str, item: Callable[[Any, str], Any]
         return _value(hint, value, path)
     if item is not None:
         return item(value, path)
-    return parse(hint, value, path) if dataclasses.is_dataclass(hint) else _leaf(hint, value, path)
+    if dataclasses.is_dataclass(hint):
+        return parse(cast("type[Any]", hint), value, path)
+    return _leaf(hint, value, path)
 
 
 def _collect(values: dict[Any, Any], read: Callable[[Any, Any], Any]) -> dict[Any, Any]:

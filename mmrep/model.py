@@ -81,7 +81,7 @@ class Temperature(nn.Module):
         # [1] rather than 0-D: FSDP2 shards dimension 0.
         self.log_scale = nn.Parameter(_fp32(config.scale).log(), requires_grad=config.learned)
         self.bias = None if config.bias is None else nn.Parameter(_fp32(config.bias), requires_grad=config.learned)
-        self._start = config.scale
+        self._highest = self._lowest = config.scale
 
     @property
     def scale(self) -> Tensor:
@@ -91,16 +91,18 @@ class Temperature(nn.Module):
     @torch.no_grad()
     def clamp_(self) -> None:
         """Apply the bounds, after each optimizer step; inside forward they would kill the gradient."""
-        lowest = min(self.config.min_scale, self._start)
-        highest = None if self.config.max_scale is None else max(self.config.max_scale, self._start)
+        lowest = min(self.config.min_scale, self._lowest)
+        highest = None if self.config.max_scale is None else max(self.config.max_scale, self._highest)
         self.log_scale.clamp_(math.log(lowest), None if highest is None else math.log(highest))
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         key = prefix + "log_scale"
         if key in state_dict:  # older files hold a 0-D scale
             state_dict[key] = state_dict[key].reshape(1)
-            self._start = float(state_dict[key].float().exp())
-        super()._load_from_state_dict(state_dict, prefix, *args)
+            loaded = float(state_dict[key].float().exp())
+            # Only outwards: a run that began at 112 and resumes at 105 keeps its bound of 112.
+            self._highest, self._lowest = max(self._highest, loaded), min(self._lowest, loaded)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Temperature:
         super()._apply(fn, recurse)
@@ -219,6 +221,10 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
             f"this model has no tower or modality {name!r}{near(name, self.towers)} It has: {', '.join(self.towers)}"
         )
 
+    def temperature(self, name: str) -> Temperature:
+        """The temperature called ``name``."""
+        return cast(Temperature, self.temperatures[name])
+
     def encode(self, inputs: Raw, modality: str | None = None, **options: Any) -> Embeddings:
         """Embed raw values. See `mmrep.embed.encode.encode` for every option; the names are sentence-transformers'.
 
@@ -242,8 +248,8 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
 
     def clamp_temperatures(self) -> None:
         """Apply every temperature's bounds; the trainer calls it after each optimizer step."""
-        for temperature in self.temperatures.values():
-            cast(Temperature, temperature).clamp_()
+        for name in self.temperatures:
+            self.temperature(name).clamp_()
 
     def _save_pretrained(self, save_directory: Path) -> None:
         from mmrep.hub.folder import write

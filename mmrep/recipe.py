@@ -51,7 +51,8 @@ class Recipe:
     """The resolved recipe.
 
     about: one line on what it is. evaluations: what is measured at the end, by name. monitor: which of them also run
-    every ``train.eval_every`` steps; they should read validation data, never the test.
+    every ``train.eval_every`` steps; they should read validation data, never the test. average: decay of a moving
+    average of the weights, which is then what is evaluated and saved.
     """
 
     data: DataConfig
@@ -61,6 +62,7 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluations: Annotated[dict[str, Component], Of("evaluations")] = field(default_factory=dict)
     monitor: list[str] = field(default_factory=list)
+    average: Annotated[float, Field(gt=0, lt=1)] | None = None
     about: str = ""
 
     def __post_init__(self) -> None:

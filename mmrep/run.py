@@ -131,24 +131,27 @@ class Run:
         barrier()
         model = self.untrained()
         views: dict[str, list[View | None]] = {f: [v.build() for v in vs] for f, vs in recipe.data.views.items()}
-        root = Root(model, recipe.objectives, fields=recipe.data.fields, views=views)
+        root = Root(model, recipe.objectives, fields=recipe.data.fields, views=views, average=recipe.average)
         loader = self._loader(model, views, rank=here.rank, size=here.size)
         # A small set is judged after its first pass, a large one after a thousand samples.
         enough = 1000 if self.train_source.streaming else min(1000, len(self.train_source) // here.size)
         quarantine = Quarantine(self.folder, limit=recipe.data.max_bad, minimum=enough, processes=here.size)
         trainer = Trainer(
             root, loader, train=recipe.train, optim=recipe.optim, folder=self.folder,
-            on_quarantined=quarantine.add, callbacks=[Monitor(self, model)] if recipe.monitor else [],
+            on_quarantined=quarantine.add, callbacks=[Monitor(self, root)] if recipe.monitor else [],
         )  # fmt: skip
         trainer.fit(resume=resume)
+        loader.close()
         results: Results = {}
         if here.rank == 0:
-            model.eval()
-            self.__dict__["model"] = model.cpu()
-            self._encoded.clear()
-            results = self.evaluate()
-            (self.folder / "evaluation.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-            self._save_model(model, results, command)
+            with root.averaged():
+                model.eval()
+                self.__dict__["model"] = model
+                self._encoded.clear()
+                results = self.evaluate()
+                (self.folder / "evaluation.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+                self._save_model(model, results, command)
+            del self.__dict__["model"]  # from now on the saved one
             if quarantine.summary():
                 logger.warning("%s", quarantine.summary())
         barrier()
@@ -264,15 +267,16 @@ class Run:
 class Monitor(Callback):
     """Runs the evaluations named in ``monitor`` every ``train.eval_every`` steps and logs their figures."""
 
-    def __init__(self, run: Run, model: Model) -> None:
+    def __init__(self, run: Run, root: Root) -> None:
         self.run = run
-        self.model = model
+        self.root = root
 
     def on_eval(self, trainer: Trainer, step: int) -> dict[str, float] | None:
         """Figures by name, ``eval/<evaluation>/<direction>/<figure>``; on the first process only."""
         if not trainer.is_main:
             return None
-        results = self.run.evaluate(self.run.recipe.monitor, self.model)
+        with self.root.averaged():
+            results = self.run.evaluate(self.run.recipe.monitor, self.root.model)
         return {
             "/".join(filter(None, ("eval", name, row.get("direction"), key))): float(value)
             for name, result in results.items()

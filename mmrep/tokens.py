@@ -138,7 +138,7 @@ def keep_special(index: Tensor, grid: Grid) -> Tensor:
         return index
     count = int(counts[0])
     if bool((counts != count).any()):
-        raise ValueError(f"samples have different numbers of special tokens ({counts.tolist()}): name them in keep")
+        raise ValueError(f"samples have different numbers of special tokens ({_listed(counts)}): name them in keep")
     special = grid.special.nonzero()[:, 1].view(-1, count)
     named = grid.special.gather(1, index.clamp_min(0)) & (index >= 0)
     rest = index.masked_fill(named, -1)
@@ -146,6 +146,10 @@ def keep_special(index: Tensor, grid: Grid) -> Tensor:
         order = (rest < 0).to(torch.int8).argsort(dim=1, stable=True)
         rest = rest.gather(1, order)[:, : int((rest >= 0).sum(1).max())]
     return torch.cat([special, rest], dim=1)
+
+
+def _listed(counts: Tensor) -> str:
+    return ", ".join(str(int(count)) for count in counts)
 
 
 @dataclass(frozen=True)

@@ -58,12 +58,12 @@ class HFDataset(Source):
         for name, feature in features.items():
             if getattr(feature, "decode", False) is True:
                 dataset = dataset.cast_column(name, dataclasses.replace(feature, decode=False))
-        self._dataset = dataset
+        self._dataset: Any = dataset
         self.columns = tuple(features) or None
         self.require_special_columns()
         names = getattr(features.get(config.label), "names", None)  # of a ClassLabel
         self.class_names = None if names is None else list(names)
-        if not self.streaming and not len(dataset):
+        if not self.streaming and not len(self._dataset):
             raise ConfigError([f"path: the split {config.split!r} of {config.path!r} is empty"])
         if config.id is not None and not self.streaming:
             require_unique(dataset[config.id], config.id)
@@ -118,7 +118,7 @@ def _load(config: HFDatasetConfig) -> Any:
     folder = Path(config.path).expanduser()
     try:
         if (folder / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(str(folder))
+            found: Any = datasets.load_from_disk(str(folder))
             if config.split not in found:
                 hint = near(config.split, found) or "."
                 raise ConfigError([f"split: {config.path!r} has no {config.split!r}{hint} It has: {', '.join(found)}"])

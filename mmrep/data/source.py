@@ -135,8 +135,8 @@ def require_unique(ids: Iterable[Any], column: str) -> None:
         shown = ", ".join(f"{value!r} ({n} times)" for value, n in twice[:3])
         raise ConfigError(
             [
-                f"id: column {column!r} holds {len(twice)} ids more than once: {shown}. Ids must be unique: leave `id` out "
-                f"to number the records, and say `group: {column}` if equal values mark positives of each other"
+                f"id: column {column!r} holds {len(twice)} ids more than once: {shown}. Ids must be unique: leave `id` "
+                f"out to number the records, and say `group: {column}` if equal values mark positives of each other"
             ]
         )
 

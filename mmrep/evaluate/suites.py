@@ -95,8 +95,10 @@ class ZeroShot(Evaluation):
         encoded = bench.encoded(self.config.data)
         labels, names = _labels(encoded)
         tower = bench.fields.get(self.config.text, self.config.text)
-        prompts = class_embeddings(lambda texts: bench.model.encode(texts, tower), names, self.config.templates)
-        temperature = bench.model.temperatures[self.config.temperature]
+        prompts = class_embeddings(
+            lambda texts: np.asarray(bench.model.encode(texts, tower)), names, self.config.templates
+        )
+        temperature = bench.model.temperature(self.config.temperature)
         figures = zero_shot_metrics(
             encoded.embeddings[self.config.field], prompts, labels,
             scale=temperature.scale.item(),

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrep.config import Component, ConfigError, Of, component, config
-from mmrep.model import Model, Temperature
+from mmrep.model import Model
 from mmrep.objectives.objective import Objective, ObjectiveConfig
 from mmrep.registry import near
 from mmrep.step import Step
@@ -72,7 +72,7 @@ class Contrastive(Objective):
             yield f"temperature: unknown {pair.temperature!r}{hint} model.temperatures has: {known}"
             return
         loss = cast(ContrastiveConfig, self.config).loss.type
-        has_bias = cast(Temperature, model.temperatures[pair.temperature]).bias is not None
+        has_bias = model.temperature(pair.temperature).bias is not None
         if has_bias != self.loss.needs_bias:
             verb = "needs" if self.loss.needs_bias else "does not use"
             yield f"loss {loss!r} {verb} a bias; set model.temperatures.{pair.temperature}.bias accordingly"
@@ -88,7 +88,7 @@ class Contrastive(Objective):
         total = torch.zeros((), device=step.model.device)
         for pair in cast(ContrastiveConfig, self.config).pairs:
             (a, b), (view_a, view_b) = pair.between, pair.views
-            temperature = cast(Temperature, step.model.temperatures[pair.temperature])
+            temperature = step.model.temperature(pair.temperature)
             valid = step.present(a) & step.present(b)
             extra: dict[str, Tensor] = {}
             if pair.negatives is not None:

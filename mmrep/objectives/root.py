@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from mmrep.config import Component
 from mmrep.data.batch import Batch
 from mmrep.embed.memo import Memo
 from mmrep.model import Model
+from mmrep.objectives.average import WeightAverage
 from mmrep.objectives.objective import Objective
 from mmrep.step import FieldViews, Step
 from mmrep.training.collectives import world
@@ -24,10 +26,17 @@ class Root(nn.Module):
         objectives: chosen objectives, from the recipe.
         fields: tower name by field.
         views: per field, its views.
+        average: decay of a moving average of the model's weights; None = no average.
     """
 
     def __init__(
-        self, model: Model, objectives: Sequence[Component], *, fields: Mapping[str, str], views: FieldViews
+        self,
+        model: Model,
+        objectives: Sequence[Component],
+        *,
+        fields: Mapping[str, str],
+        views: FieldViews,
+        average: float | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -39,6 +48,12 @@ class Root(nn.Module):
             name = chosen.config.name or chosen.type
             name = name if name not in self.objectives else f"{name}-{len(self.objectives)}"
             self.objectives[name] = chosen.build(model, self.fields)
+
+        self.average = None if average is None else WeightAverage(model, average)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model with its averaged weights, if there is an average; it is what is evaluated and saved."""
+        return nullcontext() if self.average is None else self.average.applied()
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Every objective's loss on one batch: ``{"loss": weighted sum, "<objective>/<part>": detached}``."""
@@ -60,3 +75,5 @@ class Root(nn.Module):
         self.model.clamp_temperatures()
         for objective in self.objectives.values():
             cast(Objective, objective).after_optimizer_step()
+        if self.average is not None:
+            self.average.update()

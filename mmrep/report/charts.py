@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -133,7 +133,7 @@ def _svg(lines: Sequence[Line], key: str) -> str:
         "axes.spines.left": False, "axes.formatter.limits": (-3, 5), "axes.formatter.use_mathtext": False,
         "legend.frameon": False, "ytick.major.size": 0, "axes.axisbelow": True,
     }  # fmt: skip
-    with rc_context(style):
+    with rc_context(cast(Any, style)):
         figure = Figure(figsize=(5.2, 2.9), layout="constrained")
         axes = figure.add_subplot()
         for number, line in enumerate(lines):

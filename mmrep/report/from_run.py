@@ -96,7 +96,8 @@ def _causes(path: Path) -> dict[str, int]:
 
 def _temperatures(run: Run) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
-    for name, temperature in run.model.temperatures.items():
+    for name in run.model.temperatures:
+        temperature = run.model.temperature(name)
         found[name] = {"scale": float(temperature.scale)}
         if temperature.bias is not None:
             found[name]["bias"] = float(temperature.bias)

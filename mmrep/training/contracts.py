@@ -56,8 +56,8 @@ class Loader(Protocol):
         steps_per_epoch: batches of one pass, the same number on all processes; None for a stream.
     """
 
-    epoch: int
-
+    @property
+    def epoch(self) -> int: ...
     @property
     def steps_per_epoch(self) -> int | None: ...
     def __iter__(self) -> Iterator[Batch]:

@@ -106,7 +106,8 @@ def temperatures(module: nn.Module) -> dict[str, float]:
     for name, part in module.named_modules():
         log_scale = part._parameters.get("log_scale")
         if log_scale is not None:
-            whole = log_scale.full_tensor() if hasattr(log_scale, "full_tensor") else log_scale
+            full: Any = getattr(log_scale, "full_tensor", None)
+            whole = log_scale if full is None else full()
             found[f"scale/{name.rpartition('.')[2]}"] = whole.detach().float().exp().mean().item()
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ class TimmTrunk(nn.Module):
             if rope is not None:
                 extra["rope"] = rope[i] if per_block else rope
             if self.model.grad_checkpointing and torch.is_grad_enabled():
-                values = checkpoint(block, values, use_reentrant=False, **extra)
+                values = checkpoint(partial(block, **extra), values, use_reentrant=False)
             else:
                 values = block(values, **extra)
             if i + 1 in layers:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field
@@ -117,7 +117,7 @@ class Residual(nn.Module):
             nn.Conv2d(width, width, 3, 1, 1, bias=False),
             _norm(config, width),
         )
-        nn.init.zeros_(self.branch[-1].weight)
+        nn.init.zeros_(cast(Tensor, self.branch[-1].weight))
         shortcut: list[nn.Module] = [nn.AvgPool2d(2, ceil_mode=True)] if stride == 2 else []
         if before != width:
             shortcut += [nn.Conv2d(before, width, 1, bias=False), _norm(config, width)]

@@ -227,7 +227,7 @@ def _resolve(config: OpenClipImage.Config) -> tuple[dict[str, Any], dict[str, An
 def _visual(made_of: dict[str, Any]) -> Any:
     from open_clip.model import _build_vision_tower  # the only maker of a visual tower without a text tower
 
-    visual = _build_vision_tower(made_of["embed_dim"], made_of["vision_cfg"], made_of["quick_gelu"])
+    visual: Any = _build_vision_tower(made_of["embed_dim"], made_of["vision_cfg"], made_of["quick_gelu"])
     if made_of["size"] is not None and hasattr(visual, "set_input_size"):  # a timm tower ignores image_size until told
         visual.set_input_size(made_of["size"])
     return visual
