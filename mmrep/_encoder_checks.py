@@ -132,7 +132,7 @@ def forward(s: Subject) -> None:
     assert bool(values[valid].isfinite().all()), "tokens are not finite"
     if out.pooled is not None:
         assert out.pooled.ndim == 2 and len(out.pooled) == s.n, f"pooled has shape {tuple(out.pooled.shape)}"
-        width = getattr(s.encoder, "pooled_width", s.encoder.width)
+        width = s.encoder.pooled_width or s.encoder.width
         assert out.pooled.shape[1] == width, f"pooled is {out.pooled.shape[1]} wide, announced as {width}"
         assert bool(out.pooled.isfinite().all()), "pooled is not finite"
     s.close(s.encoder.encode(s.tokens()).tokens.values[valid], values[valid], "encode(tokenize(x)) against forward(x)")

@@ -80,7 +80,7 @@ def test_dry_run_shows_config_shapes_and_counts_and_writes_nothing(mmrep, world,
     monkeypatch.chdir(tmp_path)
     text = mmrep("train", world / "recipe.yaml", "--dry-run", "model.dim=24")
     assert "dim: 24" in text
-    assert "pixels [2, 3, 16, 16] → tokens [2, 64, 16] → embedding [2, 24]" in text
+    assert "pixels [2, 3, 16, 16] → tokens [2, 16, 16] → embedding [2, 24]" in text
     assert "all towers:" in text
     assert list(tmp_path.iterdir()) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,8 @@ def test_the_core_names_no_modality():
     for path in (ROOT / "mmrep").rglob("*.py"):
         inside = path.relative_to(ROOT / "mmrep").parts[0]
         if inside not in ("modalities", "recipes"):
-            assert "mmrep.modalities." not in path.read_text(), f"{path} imports a modality"
+            named = re.search(r"^\s*(from|import) mmrep\.modalities", path.read_text(), re.MULTILINE)
+            assert named is None, f"{path} imports a modality"
 
 
 @pytest.mark.parametrize("word", ["pickle.load", "torch.load(", "trust_remote_code=True"])

@@ -23,7 +23,7 @@ CASES = [
     ("image-vit", {"size": 8, **VIT, "class_token": False, "dropout": 0.1, "drop_path": 0.1}, {}),
     ("image-cnn", {"size": 16, "widths": [16, 32], "depths": [1, 2]}, {}),
     ("image-cnn", {"size": 16, "widths": [16, 32], "depths": [1, 1], "norm": "group", "stem_stride": 2}, {}),
-    ("image-cnn", {"size": 16, "widths": [8, 16], "depths": [1, 2], "block": "plain", "stem_stride": 2}),
+    ("image-cnn", {"size": 16, "widths": [8, 16], "depths": [1, 2], "block": "plain", "stem_stride": 2}, {}),
     ("image-cnn", {"size": 16, "widths": [8, 8], "depths": [1, 1], "block": "convnext", "norm": "layer",
                    "stem_stride": 4, "final_norm": True, "activation": "silu"}, {}),
     ("timm", {"model": "test_vit", "size": 32}, NO_EMPTY),
