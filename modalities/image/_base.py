@@ -135,6 +135,10 @@ class ImageEncoder(Encoder):
         self.mean: Tensor
         self.std: Tensor
 
+    def preview(self, raw: Any) -> Image.Image:
+        """The picture as a person sees it, at its own size."""
+        return decode(raw, background=self.preprocess.background, max_pixels=self.preprocess.max_pixels)
+
     def prepare(self, raw: Any, *, view: View | None = None, seed: int = 0) -> Inputs:
         """One picture to ``{"pixels": uint8 [3, size, size]}``; see `decode` for what a picture may be.
 

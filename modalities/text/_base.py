@@ -52,6 +52,12 @@ class TextEncoder(Encoder):
         """One text to ids of at most ``max_length`` tokens, and which of them are special tokens."""
         raise NotImplementedError
 
+    def preview(self, raw: Any) -> str:
+        """The text that is read without a view, shortened."""
+        read = read_text(raw)
+        text = " ".join((read if isinstance(read, str) else read[0]).split())
+        return text if len(text) <= 120 else text[:117] + "…"
+
     def prepare(self, raw: Any, *, view: View | None = None, seed: int = 0) -> Inputs:
         """Text to ``ids`` int64 [L] and ``special`` bool [L].
 

@@ -107,3 +107,13 @@ def test_background_reaches_the_network():
     clear = Image.new("RGBA", (8, 8), (255, 0, 0, 0))
     encoder = ImageCNN(ImageCNN.Config(size=8, widths=(4,), depths=(1,), background=(0, 128, 255)))
     assert encoder.prepare(clear)["pixels"][:, 0, 0].tolist() == [0, 128, 255]
+
+
+def test_the_preview_is_the_decoded_picture_at_its_own_size():
+    raw = io.BytesIO()
+    Image.new("RGBA", (40, 20), (255, 0, 0, 0)).save(raw, "PNG")
+    from mmrep.modalities.image.cnn import ImageCNN
+
+    seen = ImageCNN(ImageCNN.Config(size=16)).preview(raw.getvalue())
+    assert seen.size == (40, 20)
+    assert seen.getpixel((3, 3)) == (255, 255, 255), "transparency shows the background"

@@ -128,3 +128,9 @@ def test_importing_the_encoders_imports_no_heavy_library() -> None:
             "if m in sys.modules])")  # fmt: skip
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_preview_is_the_text_that_is_read_on_one_short_line():
+    encoder = TextTransformer(TextTransformer.Config(width=16, depth=1, heads=2))
+    assert encoder.preview(["  a cat\non a mat ", "eine Katze"]) == "a cat on a mat"
+    assert len(encoder.preview("word " * 100)) == 118
