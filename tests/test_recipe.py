@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import yaml
 
@@ -115,3 +119,14 @@ def test_a_file_that_is_no_yaml_or_no_mapping_is_refused(tmp_path):
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ConfigError, match="expected a mapping"):
         read_recipe(str(tmp_path / "list.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_runs_as_a_smoke_test_in_under_20_seconds_of_processor_time(name, tmp_path):
+    before = os.times()
+    command = [sys.executable, "-m", "mmrep", "train", name, "--smoke", "--out", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    after = os.times()
+    assert done.returncode == 0, done.stderr
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 20

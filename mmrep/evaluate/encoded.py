@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mmrep.data.reader import failure
 from mmrep.data.sample import Quarantined, Sample
 from mmrep.data.source import Source
 from mmrep.embed.encode import encode_items
-from mmrep.encoder import BadSampleError
 from mmrep.model import Model
 from mmrep.progress import progress
 from mmrep.tokens import Inputs
@@ -111,8 +111,8 @@ def _prepare(
             for name, tower in fields.items():
                 if sample.fields.get(name) is not None:
                     item[name] = model.tower(tower).encoder.prepare(sample.fields[name])
-        except BadSampleError as error:
-            bad.append(Quarantined(sample.id, name, error.cause, str(error)))
+        except Exception as error:  # classified, counted and, where no value is to blame, raised again: see `failure`
+            bad.append(failure(error, sample.id, name))
             continue
         items.append(item)
         read.append(sample)
