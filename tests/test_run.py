@@ -10,6 +10,7 @@ import torch
 
 import mmrep
 from mmrep.config import ConfigError
+from mmrep.data.limited import Limited
 from mmrep.data.quarantine import TooManyBadSamples
 from mmrep.recipe import read_recipe
 from mmrep.run import Run, open_run
@@ -162,3 +163,33 @@ def test_a_frozen_tower_with_a_caption_view_trains_from_its_memo(tmp_path):
     ]
     results = Run(read_recipe(str(path), overrides), folder / "run").train()
     assert np.isfinite(figures(results, "retrieval", "model", "caption→image")["R@5"])
+
+
+def test_raw_baselines_equal_a_plain_loop_and_lookup_needs_every_group_in_training(trained):
+    run, _ = trained
+    from mmrep.evaluate.baselines import lookup, nearest_input
+
+    test = run.encoded("test")
+    pixels = [run.model.tower("image").encoder.prepare(s.fields["image"])["pixels"].flatten().float() / 255
+              for s in test.samples]  # fmt: skip
+    train = list(run.train_source.stream())
+    seen = [
+        run.model.tower("image").encoder.prepare(s.fields["image"])["pixels"].flatten().float() / 255 for s in train
+    ]
+    items, queries = lookup(run.untrained(), run.train_source, test, ("image", "image"))
+    for i in range(len(test)):
+        own = seen[next(j for j, s in enumerate(train) if s.group == test.samples[i].group)]
+        expected = torch.stack([-((own - x) ** 2).sum() / 2 for x in pixels])
+        torch.testing.assert_close(torch.from_numpy(items @ queries[i]), expected, rtol=1e-4, atol=1e-3)
+    assert lookup(run.untrained(), Limited(run.train_source, 5), test, ("image", "image")) is None
+
+    items, queries = nearest_input(
+        run.untrained(), run.train_source, test, near=("image", "image"), described=("caption", "text")
+    )
+    described = run.untrained().eval().tower("text")
+    for i in range(len(test)):
+        nearest = train[int(torch.stack([((pixels[i] - y) ** 2).sum() for y in seen]).argmin())]
+        item = described.encoder.collate([described.encoder.prepare(nearest.fields["caption"])])
+        vector = torch.nn.functional.normalize(described.features(item), dim=1)[0].detach()
+        torch.testing.assert_close(torch.from_numpy(items[i]), vector, rtol=1e-4, atol=1e-5)
+    assert queries.shape == items.shape

@@ -57,6 +57,36 @@ def nearest_input(
     return _scatter(items, rows, len(test)), _scatter(_features(tower, test_text), rows, len(test))
 
 
+@torch.no_grad()
+def lookup(
+    untrained: Model, train: Source, test: EncodedSet, near: tuple[str, str]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
+    """Look a known thing up: compare raw inputs with the training item of the query's own group.
+
+    Args:
+        untrained: the model before training; its encoder prepares the inputs.
+        train: the training source.
+        test: the held-out set.
+        near: (field, tower) compared by raw input.
+
+    Returns:
+        Vectors of the items and of the queries whose inner product is minus half the squared distance; None if some
+        group of the held-out set has no training item, so that there is nothing to look up.
+    """
+    inputs, _, rows = _read(untrained, _samples(train), near, near)
+    samples = _samples(train)
+    known = {samples[row].group: item for row, item in zip(reversed(rows), reversed(inputs), strict=True)}
+    if any(sample.group is None or sample.group not in known for sample in test.samples):
+        return None
+    test_inputs, _, test_rows = _read(untrained, test.samples, near, near)
+    items = _flat(test_inputs, near[0])
+    queries = _flat([known[test.samples[row].group] for row in test_rows], near[0])
+    half = [-values.pow(2).sum(1, keepdim=True) / 2 for values in (items, queries)]
+    items = torch.cat([items, half[0], torch.ones_like(half[0])], 1)
+    queries = torch.cat([queries, torch.ones_like(half[1]), half[1]], 1)
+    return _scatter(items, test_rows, len(test)), _scatter(queries, test_rows, len(test))
+
+
 def _samples(source: Source) -> list[Sample]:
     return [record for record in islice(source.stream(), _MAX_TRAIN) if isinstance(record, Sample)]
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from mmrep.config import config
 from mmrep.evaluate._relevance import Relevance
-from mmrep.evaluate.baselines import nearest_input
+from mmrep.evaluate.baselines import lookup, nearest_input
 from mmrep.evaluate.encoded import EncodedSet
 from mmrep.evaluate.evaluation import Bench, Evaluation, Row
 from mmrep.evaluate.knn import knn_metrics
@@ -26,7 +26,8 @@ class Retrieval(Evaluation):
         """data: held-out source. between: two fields. ks: cut-offs.
 
         baselines: ``untrained`` (the model before training) and ``nearest-input`` (each item of the second field is
-        described by the first field of its nearest training item in raw inputs). neighbours: for ``nearest-input``.
+        described by the first field of its nearest training item in raw inputs; where every group has a training item,
+        also ``lookup``: raw distance to that item). neighbours: for ``nearest-input``.
         """
 
         data: str
@@ -51,6 +52,9 @@ class Retrieval(Evaluation):
                 k=self.config.neighbours,
             )  # fmt: skip
             rows += self._both(encoded, queries, items, "nearest input")
+            found = lookup(bench.untrained(), bench.train(), encoded, (b, bench.fields[b]))
+            if found is not None:
+                rows += self._both(encoded, found[1], found[0], "lookup")
         chance = [
             {"who": "chance", "direction": row["direction"],
              **{k.removeprefix("chance_"): v for k, v in row.items() if k.startswith("chance_")}}
