@@ -40,6 +40,7 @@ def train(
     """Train a recipe, then evaluate it. Under torchrun or accelerate launch, on several processes."""
     from mmrep.recipe import read_recipe
     from mmrep.run import Run
+    from mmrep.training.engine import end_processes
 
     resolved = read_recipe(recipe, overrides or (), smoke=smoke)
     if dry_run:
@@ -50,6 +51,7 @@ def train(
     folder = out or _default_folder(recipe, smoke)
     run = Run(resolved, folder, smoke=smoke)
     results = run.train(resume=resume, command=f"mmrep train {recipe} {' '.join(overrides or ())}".strip())
+    end_processes()
     if results:
         _show(results)
         typer.echo(f"\nRun: {folder}    Next: mmrep report {folder}    mmrep index {folder}    mmrep search {folder} …")

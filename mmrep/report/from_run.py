@@ -7,7 +7,7 @@ import platform
 from collections import Counter
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from mmrep.report.data import PairSet, ReportData
 from mmrep.report.page import write_report
@@ -97,7 +97,7 @@ def _causes(path: Path) -> dict[str, int]:
 def _temperatures(run: Run) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name in run.model.temperatures:
-        temperature = run.model.temperature(name)
+        temperature = cast(Any, run.model.temperatures[name])
         found[name] = {"scale": float(temperature.scale)}
         if temperature.bias is not None:
             found[name]["bias"] = float(temperature.bias)

@@ -76,3 +76,8 @@ def share_buffers(module: nn.Module) -> None:
     if dist.is_available() and dist.is_initialized():
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
+
+
+def end_processes() -> None:
+    """Leave the other processes in order; a process that just exits can be aborted by its communication threads."""
+    PartialState(cpu=not torch.accelerator.is_available()).destroy_process_group()

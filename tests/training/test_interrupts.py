@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def start(folder, steps):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    # as many threads as here: another number sums in another order, which is no longer bitwise
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.training.toys", str(folder), str(steps)]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
 
