@@ -1,16 +1,73 @@
-"""A timm network as the encoder contract sees it: tokens, layers, dropping, and its own pooled vector."""
+"""Foreign networks as the encoder contract sees them: an encoder around a trunk, and the trunk of a timm network."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmrep.tokens import Encoding, Grid, Tokens
+from mmrep.config import dump, parse
+from mmrep.modalities.image._base import ImageEncoder, Preprocess
+from mmrep.tokens import Encoding, Grid, Inputs, Tokens
+
+
+class TrunkEncoder(ImageEncoder):
+    """An image encoder around a network of another library, its *trunk*; it saves what rebuilds both without a hub.
+
+    A trunk has ``tokenize(pixels)``, ``encode(tokens, keep, layers)``, ``no_weight_decay()`` and the attributes
+    ``width, pooled_width, depth, supports`` of the encoder contract.
+
+    Args:
+        config: of the encoder.
+        files: as in `Encoder`.
+        trunk: the wrapped network.
+        made_of: JSON-able description from which the network is rebuilt.
+        preprocess: how its inputs are made.
+
+    Attributes:
+        file: name of the file that holds ``made_of`` and ``preprocess`` in a saved model.
+    """
+
+    file: ClassVar[str]
+
+    def __init__(
+        self, config: Any, files: Path | None, *, trunk: Any, made_of: dict[str, Any], preprocess: Preprocess
+    ) -> None:
+        super().__init__(config, files, preprocess=preprocess)
+        self._made_of = made_of
+        self.trunk = trunk
+        self.width, self.depth, self.pooled_width = trunk.width, trunk.depth, trunk.pooled_width
+        self.supports = trunk.supports
+
+    @classmethod
+    def read_files(cls, folder: Path) -> tuple[dict[str, Any], Preprocess]:
+        """What `save_files` wrote: ``made_of`` and ``preprocess``."""
+        saved = json.loads((folder / cls.file).read_text(encoding="utf-8"))
+        return saved["model"], parse(Preprocess, saved["preprocess"])
+
+    def tokenize(self, inputs: Inputs) -> Tokens:
+        """``{"pixels": [B, 3, H, W]}`` to tokens; see the trunk."""
+        return self.trunk.tokenize(self.normalize(inputs["pixels"]))
+
+    def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
+        """Tokens to an encoding; layers are block outputs before the final norm."""
+        self.check_request(keep, layers)
+        return self.trunk.encode(tokens, keep, layers)
+
+    def save_files(self, folder: Path) -> None:
+        """Write what rebuilds network and preprocessing: the model's name may mean nothing elsewhere."""
+        document = {"model": self._made_of, "preprocess": dump(self.preprocess)}
+        (folder / self.file).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+    def no_weight_decay(self) -> set[str]:
+        """What the network's library says."""
+        return {f"trunk.{name}" for name in self.trunk.no_weight_decay()}
 
 
 class TimmTrunk(nn.Module):

@@ -8,7 +8,6 @@ In a recipe::
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -20,17 +19,15 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mmrep.config import config, dump, parse
-from mmrep.modalities.image._base import ImageEncoder, Overrides, Preprocess
-from mmrep.modalities.image._trunks import TimmTrunk
+from mmrep.config import config
+from mmrep.modalities.image._base import Overrides
+from mmrep.modalities.image._trunks import TimmTrunk, TrunkEncoder
 from mmrep.modalities.image.timm import check_safetensors
 from mmrep.registry import near
-from mmrep.tokens import Encoding, Grid, Inputs, Tokens
-
-_FILE = "open_clip.json"
+from mmrep.tokens import Encoding, Grid, Tokens
 
 
-class OpenClipImage(ImageEncoder):
+class OpenClipImage(TrunkEncoder):
     """``model.visual`` of open_clip, without the text tower.
 
     ``pooled`` is what open_clip's ``encode_image`` returns, projected, of width ``pooled_width``; with a `native` pool
@@ -57,13 +54,13 @@ class OpenClipImage(ImageEncoder):
                 raise ValueError("give either a pretrained tag or a checkpoint, not both")
             check_safetensors(self.checkpoint)
 
+    file = "open_clip.json"
     # What its vision transformers can do; an instance narrows it to what its model can.
     supports = frozenset({"tokens", "drop_tokens", "layers"})
 
     def __init__(self, config: Config, files: Path | None = None) -> None:
         if files is not None:
-            saved = json.loads((files / _FILE).read_text(encoding="utf-8"))
-            made_of, preprocess = saved["model"], parse(Preprocess, saved["preprocess"])
+            made_of, preprocess = self.read_files(files)
             visual = _visual(made_of)
         else:
             made_of, own = _resolve(config)
@@ -73,29 +70,7 @@ class OpenClipImage(ImageEncoder):
                 visual.load_state_dict(_pretrained(config, made_of))
             elif config.checkpoint:
                 _load(visual, config.checkpoint)
-        super().__init__(config, files, preprocess=preprocess)
-        self._made_of = made_of
-        self.trunk = _trunk(visual, preprocess.size)
-        self.width, self.depth, self.pooled_width = self.trunk.width, self.trunk.depth, self.trunk.pooled_width
-        self.supports = self.trunk.supports
-
-    def tokenize(self, inputs: Inputs) -> Tokens:
-        """``{"pixels": [B, 3, H, W]}`` to tokens."""
-        return self.trunk.tokenize(self.normalize(inputs["pixels"]))
-
-    def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
-        """Tokens to an encoding; layers are block outputs, not normed."""
-        self.check_request(keep, layers)
-        return self.trunk.encode(tokens, keep, layers)
-
-    def save_files(self, folder: Path) -> None:
-        """Write what rebuilds network and preprocessing: the model's name may mean nothing elsewhere."""
-        document = {"model": self._made_of, "preprocess": dump(self.preprocess)}
-        (folder / _FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-    def no_weight_decay(self) -> set[str]:
-        """What open_clip and timm say."""
-        return {f"trunk.{name}" for name in self.trunk.no_weight_decay()}
+        super().__init__(config, files, trunk=_trunk(visual, preprocess.size), made_of=made_of, preprocess=preprocess)
 
 
 class _ViTTrunk(nn.Module):

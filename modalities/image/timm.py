@@ -7,28 +7,23 @@ In a recipe::
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Sequence
 from dataclasses import field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
 
-from mmrep.config import config, dump, parse
-from mmrep.modalities.image._base import ImageEncoder, Overrides, Preprocess
-from mmrep.modalities.image._trunks import TimmTrunk
+from mmrep.config import config
+from mmrep.modalities.image._base import Overrides, Preprocess
+from mmrep.modalities.image._trunks import TimmTrunk, TrunkEncoder
 from mmrep.registry import near
-from mmrep.tokens import Encoding, Inputs, Tokens
 
-_FILE = "timm.json"
 Option = bool | int | float | str | list[int] | None
 
 
-class TimmEncoder(ImageEncoder):
+class TimmEncoder(TrunkEncoder):
     """A timm network without its classifier.
 
     ``pooled`` is timm's own ``forward_head(…, pre_logits=True)``, of width ``pooled_width``. ViT-like networks drop
@@ -58,14 +53,14 @@ class TimmEncoder(ImageEncoder):
                 )
             check_safetensors(self.checkpoint)
 
+    file = "timm.json"
     # What ViT-like models can do; an instance narrows it to what its model can.
     supports = frozenset({"tokens", "drop_tokens", "layers"})
 
     def __init__(self, config: Config, files: Path | None = None) -> None:
         timm = import_module("timm")  # by name: static checkers take `import timm` in a file timm.py for this file
         if files is not None:
-            saved = json.loads((files / _FILE).read_text(encoding="utf-8"))
-            made_of, preprocess = saved["model"], parse(Preprocess, saved["preprocess"])
+            made_of, preprocess = self.read_files(files)
             model = timm.create_model(made_of["architecture"], num_classes=0, **made_of["options"])
         else:
             made_of = _resolve(config)
@@ -73,29 +68,7 @@ class TimmEncoder(ImageEncoder):
             preprocess = _preprocess(config, model, made_of["options"])
             if config.checkpoint:
                 _load(model, Path(config.checkpoint))
-        super().__init__(config, files, preprocess=preprocess)
-        self._made_of = made_of
-        self.trunk = TimmTrunk(model, preprocess.size)
-        self.width, self.depth, self.pooled_width = self.trunk.width, self.trunk.depth, self.trunk.pooled_width
-        self.supports = self.trunk.supports
-
-    def tokenize(self, inputs: Inputs) -> Tokens:
-        """``{"pixels": [B, 3, H, W]}`` to tokens; see `TimmTrunk`."""
-        return self.trunk.tokenize(self.normalize(inputs["pixels"]))
-
-    def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
-        """Tokens to an encoding; see `TimmTrunk`."""
-        self.check_request(keep, layers)
-        return self.trunk.encode(tokens, keep, layers)
-
-    def save_files(self, folder: Path) -> None:
-        """Write what rebuilds network and preprocessing without the hub."""
-        document = {"model": self._made_of, "preprocess": dump(self.preprocess)}
-        (folder / _FILE).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-
-    def no_weight_decay(self) -> set[str]:
-        """What timm says."""
-        return {f"trunk.{name}" for name in self.trunk.no_weight_decay()}
+        super().__init__(config, files, trunk=TimmTrunk(model, preprocess.size), made_of=made_of, preprocess=preprocess)
 
 
 def check_safetensors(path: str | None) -> None:
