@@ -153,8 +153,9 @@ class Tower(nn.Module):
         return self.pool(self.encoding(inputs))
 
     def project(self, features: Tensor) -> Tensor:
-        """[B, width] to float32 [B, dim], of unit length if the model normalises."""
-        out = self.projector(features).float()
+        """[B, width] to float32 [B, dim], of unit length if the model normalises; a model of doubles stays one."""
+        out = self.projector(features)
+        out = out if out.dtype == torch.float64 else out.float()
         return F.normalize(out, dim=-1) if self.normalize else out
 
     def forward(self, inputs: Inputs) -> Tensor:

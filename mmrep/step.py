@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmrep.data.batch import Batch
 from mmrep.data.sample import stable_hash
@@ -122,8 +123,10 @@ class Step:
             else:
                 found = tower(self.inputs(field, view))
         else:
-            idle = sum(p.float().sum() * 0 for p in tower.parameters() if p.requires_grad)
-            return torch.zeros(len(self.batch), tower.dim, device=self.model.device) + idle
+            doubles = next(tower.parameters()).dtype == torch.float64
+            dtype = torch.float64 if doubles else torch.float32
+            nothing = torch.zeros(len(self.batch), tower.dim, dtype=dtype, device=self.model.device)
+            return nothing + (_idle_sharded(tower) if _is_sharded(tower) else idle(tower))
         if len(found) == len(self.batch):
             return found
         rows = present.nonzero()[:, 0]
@@ -141,3 +144,28 @@ class Step:
                 seeds = self.batch.seeds[self.present(field)] + stable_hash(field, view)
                 self._inputs[key] = chosen.batch(collated, seeds)
         return self._inputs[key]
+
+
+def idle(module: nn.Module) -> Tensor:
+    """Zero, with a zero gradient for every trainable parameter, so that all processes reduce the same parameters.
+
+    Sharded parameters are left out: outside of the forward pass of their module they are not whole.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    return torch.zeros((), device=next(module.parameters()).device) + sum(p.float().sum() * 0 for p in trained)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def _idle_sharded(tower: Tower) -> Tensor:
+    """`idle` under FSDP, where every process must run the forward passes of the same modules: on an example."""
+    was_training = tower.training
+    tower.eval()  # no statistics are taken from it, and no random numbers
+    try:
+        example = tower.encoder.collate([tower.encoder.prepare(tower.encoder.examples(1, 0)[0])])
+        device = next(tower.parameters()).device
+        return tower({name: value.to(device) for name, value in example.items()}).sum() * 0
+    finally:
+        tower.train(was_training)

@@ -25,6 +25,8 @@ class Batch:
         items: per *memoised* field (frozen encoder, no view), the uncollated prepared items of the present rows.
         keys: per memoised field, a content key for each of those items.
         quarantined: samples that were to be in this batch and could not be read.
+        parts: micro-batches, whose samples in order are this batch's; `inputs`, `items` and `keys` are then theirs
+            alone. Empty: the batch is computed at once.
     """
 
     ids: list[str]
@@ -36,6 +38,7 @@ class Batch:
     items: dict[str, list[Inputs]] = field(default_factory=dict)
     keys: dict[str, list[bytes]] = field(default_factory=dict)
     quarantined: list[Quarantined] = field(default_factory=list)
+    parts: list[Batch] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -53,12 +56,17 @@ class Batch:
             items=self.items,
             keys=self.keys,
             quarantined=self.quarantined,
+            parts=[part.to(device) for part in self.parts],
         )
 
     def pin_memory(self) -> Batch:
         """The batch with page-locked tensors; torch's loader calls it when it feeds a GPU."""
         return Batch(
-            **{**self.__dict__, "inputs": {f: [_pinned(view) for view in vs] for f, vs in self.inputs.items()}},
+            **{
+                **self.__dict__,
+                "inputs": {f: [_pinned(view) for view in vs] for f, vs in self.inputs.items()},
+                "parts": [part.pin_memory() for part in self.parts],
+            },
         )
 
 

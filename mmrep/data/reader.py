@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -127,18 +128,37 @@ class Reader:
         """The reading in another epoch of an item all of whose fields are `fixed`."""
         return replace(kept, seed=stable_hash(self.seed, epoch, kept.id))
 
-    def collate(self, items: Sequence[Item | Quarantined]) -> Batch:
-        """Make a batch of the samples that could be read; there may be none."""
+    def collate(self, items: Sequence[Item | Quarantined], micro_batch: int | None = None) -> Batch:
+        """Make a batch of the samples that could be read; there may be none.
+
+        Args:
+            items: what was read.
+            micro_batch: collate the fields in parts of at most so many samples, of nearly equal size; None, or a batch
+                that is no larger: all at once.
+        """
         good = [item for item in items if isinstance(item, Item)]
-        batch = Batch(
+        batch = self._frame(good, [item for item in items if isinstance(item, Quarantined)])
+        count = 1 if micro_batch is None else -(-len(good) // micro_batch)
+        if count <= 1:
+            return self._fill(batch, good)
+        edges = [len(good) * k // count for k in range(count + 1)]
+        for start, stop in pairwise(edges):
+            batch.parts.append(self._fill(self._frame(good[start:stop], []), good[start:stop]))
+        return batch
+
+    def _frame(self, good: Sequence[Item], bad: list[Quarantined]) -> Batch:
+        """A batch that lacks only the values of its fields."""
+        return Batch(
             ids=[item.id for item in good],
             seeds=torch.tensor([item.seed for item in good], dtype=torch.long),
             group=torch.tensor([item.group for item in good], dtype=torch.long) if self.group else None,
             labels=[item.label for item in good],
-            quarantined=[item for item in items if isinstance(item, Quarantined)],
+            quarantined=bad,
+            present={f: torch.tensor([f in item.inputs for item in good], dtype=torch.bool) for f in self.encoders},
         )
+
+    def _fill(self, batch: Batch, good: Sequence[Item]) -> Batch:
         for field, encoder in self.encoders.items():
-            batch.present[field] = torch.tensor([field in item.inputs for item in good], dtype=torch.bool)
             have = [item for item in good if field in item.inputs]
             if not have:
                 continue

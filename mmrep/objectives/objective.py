@@ -39,5 +39,12 @@ class Objective(nn.Module):
         """``{"loss": scalar, named parts}``; the mean over processes is the loss of the whole batch."""
         raise NotImplementedError
 
+    def count(self, step: Step) -> int:
+        """How many things of this process the loss is a mean over: what weighs a micro-batch among the others.
+
+        Asked of objectives of scope ``"sample"`` alone, before their forward pass. The default is the samples.
+        """
+        return len(step.ids)
+
     def after_optimizer_step(self) -> None:
         """Update teachers, queues and centres. Called once per optimizer step."""

@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
+from mmrep.cached import CachedStep
 from mmrep.config import Component
 from mmrep.data.batch import Batch
 from mmrep.embed.memo import Memo
 from mmrep.model import Model
 from mmrep.objectives.average import WeightAverage
 from mmrep.objectives.objective import Objective
-from mmrep.step import FieldViews, Step
+from mmrep.step import FieldViews, Step, idle
 from mmrep.training.collectives import world
 
 
@@ -50,25 +52,74 @@ class Root(nn.Module):
             self.objectives[name] = chosen.build(model, self.fields)
 
         self.average = None if average is None else WeightAverage(model, average)
+        self._cached: CachedStep | None = None
+        self._shares = torch.zeros(0, 0)
 
     def averaged(self) -> AbstractContextManager[None]:
         """The model with its averaged weights, if there is an average; it is what is evaluated and saved."""
         return nullcontext() if self.average is None else self.average.applied()
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Every objective's loss on one batch: ``{"loss": weighted sum, "<objective>/<part>": detached}``."""
-        step = Step(self.model, batch, fields=self.fields, views=self.views, world=world(), memo=self.memo)
+    def forward(
+        self, batch: Batch, *, passes: int | None = None, replay: int | None = None, scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Every objective's loss on one batch: ``{"loss": weighted sum, "<objective>/<part>": detached}``.
+
+        A batch with parts takes several calls, each with its backward pass: one with ``passes``, which gives the loss
+        of the objectives that couple samples, then one for each part, which gives the scalar ``"surrogate"`` to
+        differentiate and this part's share of what the other objectives report. The sums over calls are the report.
+
+        Args:
+            batch: the batch.
+            passes: number of parts, the largest of all processes.
+            replay: which part.
+            scale: what the loss was multiplied by before its backward pass (fp16).
+        """
+        options = {"fields": self.fields, "views": self.views, "world": world(), "memo": self.memo}
+        if replay is not None:
+            return self._replay(replay, scale)
+        if passes is None:
+            return self._report(Step(self.model, batch, **options), self._of_scope("batch", "sample"))
+        self._cached = step = CachedStep(self.model, batch, passes=passes, **options)
+        self._shares = self._shares_of_parts(step)
+        return self._report(step, self._of_scope("batch"))
+
+    def _report(self, step: Step, objectives: Mapping[str, Objective]) -> dict[str, Tensor]:
         report: dict[str, Tensor] = {}
-        total: Tensor | None = None
-        for name, module in self.objectives.items():
-            objective = cast(Objective, module)
+        total = torch.zeros((), device=self.model.device)
+        for name, objective in objectives.items():
             out = objective(step)
             weighted = objective.config.weight * out.pop("loss")
-            total = weighted if total is None else total + weighted
+            total = total + weighted
             report[f"{name}/loss"] = weighted.detach()
             report.update({f"{name}/{part}": value.detach() for part, value in out.items()})
-        assert total is not None, "a recipe has at least one objective"
         return {"loss": total, **report}
+
+    def _replay(self, number: int, scale: float) -> dict[str, Tensor]:
+        cached = self._cached
+        assert cached is not None, "the pass over the whole batch comes first"
+        step, surrogate = cached.replay(number, scale)
+        report: dict[str, Tensor] = {"loss": torch.zeros((), device=self.model.device)}
+        for column, (name, objective) in enumerate(self._of_scope("sample").items()):
+            part = self._report(step, {name: objective})
+            share = float(self._shares[number, column])
+            surrogate = surrogate + share * part["loss"]
+            for key, value in part.items():
+                report[key] = report[key] + share * value.detach() if key in report else share * value.detach()
+        if number == cached.passes - 1:  # what has its gradient already still takes part in this reduction
+            surrogate = surrogate + idle(self)
+            self._cached = None
+        return {"surrogate": surrogate, **report}
+
+    def _shares_of_parts(self, step: CachedStep) -> Tensor:
+        """Share [passes, objectives of scope sample] of each part, over all processes, in the mean of the loss."""
+        objectives = self._of_scope("sample").values()
+        counts = [[objective.count(step.part(k)) for objective in objectives] for k in range(step.passes)]
+        table = step.world.sum(torch.tensor(counts, device=self.model.device)).cpu().double()
+        return table / table.sum(0).clamp_min(1)
+
+    def _of_scope(self, *scopes: str) -> dict[str, Objective]:
+        found = {name: cast(Objective, module) for name, module in self.objectives.items()}
+        return {name: objective for name, objective in found.items() if objective.scope in scopes}
 
     def after_optimizer_step(self) -> None:
         """Temperature bounds, teachers, queues: once per optimizer step."""

@@ -21,7 +21,8 @@ class TrainConfig:
     """How long and how a run goes. Exactly one of ``steps`` and ``epochs`` is given.
 
     steps: optimizer steps. epochs: passes over the data; may be a fraction. batch_size: samples a step, over all
-    processes. precision: ``auto`` is bf16 where the hardware multiplies it, else fp32; weights stay fp32. seed: of
+    processes. micro_batch: samples that one process computes at a time; a larger batch is computed in parts, in the
+    memory of one, with the gradient of the whole (see `mmrep.cached`). precision: ``auto`` is bf16 where the hardware multiplies it, else fp32; weights stay fp32. seed: of
     everything random. log_every, save_every, eval_every: in steps; null = only at the end (eval: never). keep: how many
     checkpoints stay. workers: loader processes. channels_last: memory format of convolutions. deterministic: refuse
     kernels that are not reproducible.
@@ -30,6 +31,7 @@ class TrainConfig:
     steps: Annotated[int, Field(ge=1)] | None = None
     epochs: Annotated[float, Field(gt=0)] | None = None
     batch_size: Annotated[int, Field(ge=1)] = 256
+    micro_batch: Annotated[int, Field(ge=1)] | None = None
     precision: Precision = "auto"
     seed: Annotated[int, Field(ge=0)] = 0
     log_every: Annotated[int, Field(ge=1)] = 10

@@ -16,6 +16,7 @@ from mmrep.config import dump
 from mmrep.data.batch import Batch
 from mmrep.data.sample import Quarantined
 from mmrep.training import rng
+from mmrep.training.cached import forward_backward
 from mmrep.training.contracts import Callback, Loader, TrainConfig
 from mmrep.training.engine import accelerator, share_buffers
 from mmrep.training.guard import Interrupts, Watch
@@ -169,12 +170,10 @@ class Trainer:
         if batch.quarantined and self.on_quarantined is not None:
             self.on_quarantined(batch.quarantined, self.counters.samples)
         set_lr(self.optimizer, self._lr(self.step))
-        report: dict[str, Tensor] = self._parallel(batch.to(self.device))
+        report = forward_backward(self._parallel, self.accelerator, batch.to(self.device))
         loss = report["loss"]
-        self.accelerator.backward(loss)
         self.accelerator.unscale_gradients()
         norm = gradient_norm(self._parallel.parameters())
-        report = {name: value.detach() for name, value in report.items()}
         scaled = self.accelerator.scaler is not None  # fp16: overflowing gradients are the scaler's daily bread
         finite = loss.isfinite() if scaled else loss.isfinite() & norm.isfinite()
         signals = torch.stack([(~finite).float().reshape(()), torch.full_like(norm, interrupted).float().reshape(())])
