@@ -49,6 +49,21 @@ class World(Protocol):
         """Where this rank's ``n`` rows start in what `gather` returns for them."""
         ...
 
+    def sizes(self, x: Tensor) -> list[int]:
+        """Rows of ``x`` [n_rank, ...] on every rank, in rank order; where `shift` begins, as it exchanges blind.
+
+        Raises:
+            ValueError: on every rank, with a table, where dtype or trailing shape differ.
+        """
+        ...
+
+    def shift(self, x: Tensor, rows: int) -> Tensor:
+        """Send ``x`` [n, ...] to the next rank (the last to the first); return the ``rows`` rows that arrive.
+
+        Not differentiable: it is for the passes of an autograd function. After ``size`` shifts a block is home again.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class LocalWorld:
@@ -72,3 +87,11 @@ class LocalWorld:
     def offset(self, n: int) -> int:
         """See `World.offset`."""
         return 0
+
+    def sizes(self, x: Tensor) -> list[int]:
+        """See `World.sizes`."""
+        return [len(x)]
+
+    def shift(self, x: Tensor, rows: int) -> Tensor:
+        """See `World.shift`."""
+        return x

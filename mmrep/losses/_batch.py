@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from mmrep.losses._ring import Ring, number_groups
 from mmrep.world import LocalWorld, World
+
+Exchange = Literal["gather", "ring"]
 
 
 @dataclass(frozen=True)
@@ -17,28 +21,55 @@ class PairBatch:
     Attributes:
         a: [n, D], this rank's rows.
         b: [n, D], paired with ``a`` row by row.
-        keys: [N + H, D], every rank's ``b`` in rank order, then every rank's hard negatives.
+        keys: [m, D], every rank's ``b`` in rank order, then every rank's hard negatives; in a ring, this rank's ``b``,
+            then this rank's hard negatives.
         pairs: N, the number of valid pairs of all ranks.
-        own: where this rank's pairs are among the first N keys.
+        first: where this rank's pairs start among those N.
+        own: where this rank's pairs are among the keys.
         groups: [n], numbers in 0..N-1; equal for pairs that are positives of each other. None: each pair for itself.
-        key_groups: [N + H], the same for the keys; -1 for a hard negative.
+        key_groups: [m], the same for the keys; -1 for a hard negative.
         scale: 0-D.
         world: the ranks.
+        ring: how the keys come to the other ranks; None where they have been gathered.
     """
 
     a: Tensor
     b: Tensor
     keys: Tensor
     pairs: int
+    first: int
     own: slice
     groups: Tensor | None
     key_groups: Tensor | None
     scale: Tensor
     world: World
+    ring: Ring | None
 
     def reduce(self, local_sum: Tensor) -> Tensor:
         """Global mean over pairs, up to the convention of `mmrep.world`; exactly 0 with a zero gradient if none."""
         return local_sum * (self.world.size / max(self.pairs, 1))
+
+    def own_columns(self, columns: Tensor) -> Tensor:
+        """This rank's [n] of column sums [m]; of gathered keys, the rows of one rank are only a part of each column."""
+        if self.ring is not None:
+            return columns[self.own]
+        # Only these partial sums travel, never a second set of keys.
+        return self.world.logsumexp(columns[: self.pairs])[self.own]
+
+    def shared(self, x: Tensor) -> Tensor:
+        """``x`` [n, D] as the keys are: of all ranks if gathered, of this one if they travel."""
+        return x if self.ring is not None else self.world.gather(x)
+
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """``groups`` and ``key_groups`` where each pair is a group by itself unless told otherwise."""
+        if self.groups is not None and self.key_groups is not None:
+            return self.groups, self.key_groups
+        pairs = self.own.stop - self.own.start if self.ring is not None else self.pairs
+        key_groups = torch.arange(len(self.keys), device=self.keys.device)
+        key_groups[pairs:] = -1
+        if self.ring is not None:
+            key_groups[:pairs] += self.first
+        return key_groups[self.own], key_groups
 
 
 def pair_batch(
@@ -50,8 +81,10 @@ def pair_batch(
     group: Tensor | None,
     valid: Tensor | None,
     world: World | None,
+    exchange: Exchange = "gather",
 ) -> PairBatch:
-    """Check, drop invalid rows, cast, and gather. All ranks call it together."""
+    """Check, drop invalid rows, cast, and gather or prepare the ring. All ranks call it together."""
+    check_exchange(exchange)
     _check(a, b, negatives, group, valid)
     world = world or LocalWorld()
     dtype = torch.float64 if a.dtype == b.dtype == torch.float64 else torch.float32
@@ -59,24 +92,53 @@ def pair_batch(
         # Selecting (not masking) makes "neither anchor nor positive nor negative" true by construction.
         rows = valid.nonzero().squeeze(1)
         a, b, group = a[rows], b[rows], None if group is None else group[rows]
-    a, b = a.to(dtype), b.to(dtype)
-    a = _agree(a, negatives, group, world)
-    all_b = world.gather(b)
-    offset = world.offset(len(b))
-    own = slice(offset, offset + len(b))
+    a, b, negatives = a.to(dtype), b.to(dtype), None if negatives is None else negatives.to(dtype)
+    a, b, negatives = _agree(a, b, negatives, group, world, exchange)
+    exchanged = _gathered if exchange == "gather" else _in_a_ring
+    return exchanged(a, b, negatives, group, scalar(scale, a), world)
+
+
+def _gathered(
+    a: Tensor, b: Tensor, negatives: Tensor | None, group: Tensor | None, scale: Tensor, world: World
+) -> PairBatch:
+    keys = all_b = world.gather(b)
+    first = world.offset(len(b))
+    own = slice(first, first + len(b))
     groups = key_groups = None
     if group is not None:
         # Renumbered to 0..N-1 (where each first stands in sorted order), so that -1 is free for hard negatives.
         everyone = world.gather(group)
         key_groups = torch.searchsorted(everyone.sort().values, everyone)
         groups = key_groups[own]
-    keys = all_b
     if negatives is not None:
         # Gathered apart from b: one gather of [b; negatives] would interleave the two by rank.
-        extra = world.gather(negatives.to(dtype))
-        keys = torch.cat([all_b, extra])
-        key_groups = None if key_groups is None else torch.cat([key_groups, key_groups.new_full((len(extra),), -1)])
-    return PairBatch(a, b, keys, len(all_b), own, groups, key_groups, scalar(scale, a), world)
+        extra = world.gather(negatives)
+        keys, key_groups = torch.cat([all_b, extra]), _with_negatives(key_groups, extra)
+    return PairBatch(a, b, keys, len(all_b), first, own, groups, key_groups, scale, world, None)
+
+
+def _in_a_ring(
+    a: Tensor, b: Tensor, negatives: Tensor | None, group: Tensor | None, scale: Tensor, world: World
+) -> PairBatch:
+    pairs = Ring.of(world, b)
+    ring, keys, groups, key_groups = pairs, b, None, None
+    if group is not None:
+        groups = key_groups = number_groups(group, Ring.of(world, group))
+    if negatives is not None:
+        keys, key_groups = torch.cat([b, negatives]), _with_negatives(key_groups, negatives)
+        ring = Ring.of(world, keys)
+    first, own = sum(pairs.sizes[: world.rank]), slice(0, len(b))
+    return PairBatch(a, b, keys, sum(pairs.sizes), first, own, groups, key_groups, scale, world, ring)
+
+
+def _with_negatives(key_groups: Tensor | None, negatives: Tensor) -> Tensor | None:
+    return None if key_groups is None else torch.cat([key_groups, key_groups.new_full((len(negatives),), -1)])
+
+
+def check_exchange(exchange: str) -> None:
+    """Refuse what is no `Exchange`."""
+    if exchange not in ("gather", "ring"):
+        raise ValueError(f"exchange is 'gather' or 'ring', got {exchange!r}")
 
 
 def scalar(value: Tensor | float, like: Tensor) -> Tensor:
@@ -88,20 +150,30 @@ def scalar(value: Tensor | float, like: Tensor) -> Tensor:
     return like.new_tensor(value)
 
 
-def _agree(a: Tensor, negatives: Tensor | None, group: Tensor | None, world: World) -> Tensor:
+def _agree(
+    a: Tensor, b: Tensor, negatives: Tensor | None, group: Tensor | None, world: World, exchange: Exchange
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Make sure that all ranks will make the same collective calls, forward and backward."""
     if world.size == 1:
-        return a
-    here = torch.tensor([negatives is not None, group is not None, a.requires_grad], dtype=torch.int64, device=a.device)
-    with_negatives, with_group, with_grad = (int(count) for count in world.sum(here).cpu())
-    for name, count in (("negatives", with_negatives), ("group", with_group)):
+        return a, b, negatives
+    needs_grad = [x is not None and x.requires_grad for x in (a, b, negatives)]
+    here = [negatives is not None, group is not None, exchange == "ring", *needs_grad]
+    table = [int(count) for count in world.sum(torch.tensor(here, dtype=torch.int64, device=a.device)).cpu()]
+    for name, count in zip(("negatives", "group"), table[:2], strict=True):
         if count not in (0, world.size):
             raise ValueError(
                 f"`{name}` was given on {count} of {world.size} ranks; give it on all or on none "
                 "(a rank with nothing to add gives a tensor of zero rows)"
             )
-    # A rank whose rows are constants (an absent modality) still takes part in the backward collectives.
-    return a.detach().requires_grad_() if with_grad and torch.is_grad_enabled() and not a.requires_grad else a
+    if table[2] not in (0, world.size):
+        raise ValueError(f"exchange was 'ring' on {table[2]} of {world.size} ranks; choose one for all")
+
+    def agreed(x: Tensor, count: int) -> Tensor:
+        # A rank whose rows are constants (an absent modality) still takes part in the backward collectives.
+        return x.detach().requires_grad_() if count and torch.is_grad_enabled() and not x.requires_grad else x
+
+    with_a, with_b, with_negatives = table[3:]
+    return agreed(a, with_a), agreed(b, with_b), None if negatives is None else agreed(negatives, with_negatives)
 
 
 def _check(a: Tensor, b: Tensor, negatives: Tensor | None, group: Tensor | None, valid: Tensor | None) -> None:

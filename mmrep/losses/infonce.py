@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mmrep.losses._batch import PairBatch, pair_batch
+from mmrep.losses._batch import Exchange, PairBatch, check_exchange, pair_batch
 from mmrep.losses._logsumexp import tiled_logsumexp
+from mmrep.losses._ring import group_means
 from mmrep.losses._soft import Soften
 from mmrep.losses._tiles import Tile, row_dots
 from mmrep.world import World
@@ -31,6 +32,7 @@ def info_nce(
     soft_weight: float = 0.5,
     soft_temperature: float = 0.05,
     world: World | None = None,
+    exchange: Exchange = "gather",
     tile: Tile | None = None,
 ) -> Tensor:
     r"""Contrast the pairs ``(a[i], b[i])`` against all other rows of the global batch.
@@ -67,6 +69,7 @@ def info_nce(
         soft_weight: share of the soft target, 0 to 1.
         soft_temperature: of the softmax over similarities; the smaller, the closer to the pair itself.
         world: the ranks that share the batch; None is one process.
+        exchange: how the keys of the other ranks come here, see `InfoNCE.Config`; the result is the same.
         tile: rows and columns held at a time.
 
     Returns:
@@ -77,8 +80,8 @@ def info_nce(
         ValueError: shapes or dtypes do not fit, on this rank or between ranks.
     """
     _check_duplicates(duplicates)
-    batch = pair_batch(a, b, scale=scale, negatives=negatives, group=group, valid=valid, world=world)
-    softening = _soften(batch, soft, valid, soft_weight, soft_temperature, duplicates)
+    batch = pair_batch(a, b, scale=scale, negatives=negatives, group=group, valid=valid, world=world, exchange=exchange)
+    softening = _soften(batch, soft, valid, soft_weight, soft_temperature, duplicates, tile)
     return _loss(batch, symmetric=symmetric, duplicates=duplicates, softening=softening, tile=tile)
 
 
@@ -97,14 +100,19 @@ class InfoNCE(nn.Module):
             duplicates: pairs of one group are each other's positives, or are masked out of the denominators.
             soft_weight: share of the soft target, where the objective gives soft features.
             soft_temperature: of the similarities in the space of the soft features.
+            exchange: "gather": every rank holds the keys of all, memory grows with the global batch. "ring": blocks of
+                keys visit one rank after another, memory stays at O(local batch) and a tile. The price: the keys travel
+                a second time for the backward pass, and all ranks wait for each other at every visit.
         """
 
         symmetric: bool = True
         duplicates: Duplicates = "positive"
         soft_weight: float = 0.5
         soft_temperature: float = 0.05
+        exchange: Exchange = "gather"
 
         def __post_init__(self) -> None:
+            check_exchange(self.exchange)
             _check_duplicates(self.duplicates)
             _check_soft(self.soft_weight, self.soft_temperature)
 
@@ -131,8 +139,10 @@ class InfoNCE(nn.Module):
         """
         if bias is not None:
             raise ValueError("InfoNCE takes no bias: its gradient would be zero. Use SigLIP, or leave the bias out")
-        batch = pair_batch(a, b, scale=scale, negatives=negatives, group=group, valid=valid, world=world)
         c = self.config
+        batch = pair_batch(
+            a, b, scale=scale, negatives=negatives, group=group, valid=valid, world=world, exchange=c.exchange
+        )
         softening = _soften(batch, soft, valid, c.soft_weight, c.soft_temperature, c.duplicates)
         loss = _loss(batch, symmetric=c.symmetric, duplicates=c.duplicates, softening=softening)
         return {"loss": loss, "n": torch.tensor(batch.pairs, device=loss.device)}
@@ -158,6 +168,7 @@ def _soften(
     weight: float,
     temperature: float,
     duplicates: Duplicates,
+    tile: Tile | None = None,
 ) -> Softening | None:
     if soft is None:
         return None
@@ -168,7 +179,8 @@ def _soften(
     if soft.ndim != 2 or len(soft) != rows:
         raise ValueError(f"soft must be [{rows}, F], one row per pair, got {tuple(soft.shape)}")
     features = soft if valid is None else soft[valid]
-    return Soften(features, temperature, batch.world, batch.a.dtype), weight
+    soften = Soften(features, temperature, batch.world, batch.a.dtype, gathered=batch.ring is None, tile=tile)
+    return soften, weight
 
 
 def _loss(
@@ -188,6 +200,7 @@ def _loss(
             batch.scale,
             query_groups=batch.groups if masked else None,
             key_groups=batch.key_groups if masked else None,
+            ring=batch.ring,
             tile=tile,
         )
         if masked:
@@ -195,16 +208,14 @@ def _loss(
         row_positives = column_positives = positives
         if softening is not None:
             soft, weight = softening
-            everyone = batch.keys[: batch.pairs]
+            everyone = batch.b if batch.ring is not None else batch.keys[: batch.pairs]
             row_positives = torch.lerp(positives, soft.logits(batch.a, everyone, batch.scale), weight)
         if not symmetric:
             return batch.reduce((rows - row_positives).sum())
         if softening is not None:
             soft, weight = softening
-            everyone = batch.world.gather(batch.a)
-            column_positives = torch.lerp(positives, soft.logits(batch.b, everyone, batch.scale), weight)
-        # The rows of one rank are a part of each column: only these partial sums travel, never a second set of keys.
-        columns = batch.world.logsumexp(columns[: batch.pairs])[batch.own]
+            column_positives = torch.lerp(positives, soft.logits(batch.b, batch.shared(batch.a), batch.scale), weight)
+        columns = batch.own_columns(columns)
         if masked:
             columns = torch.logaddexp(columns, positives)
         return batch.reduce(((rows - row_positives) + (columns - column_positives)).sum() / 2)
@@ -217,7 +228,10 @@ def _positive_logits(batch: PairBatch, *, own_only: bool) -> Tensor:
     has the same sum over the batch, and needs no gathered ``a``.
     """
     positives = batch.b
-    if not own_only:
+    if not own_only and batch.ring is not None:
+        assert batch.groups is not None
+        positives = group_means(batch.b, batch.groups, batch.world)
+    elif not own_only:
         assert batch.key_groups is not None
         groups, all_b = batch.key_groups[: batch.pairs], batch.keys[: batch.pairs]
         sums = torch.zeros_like(all_b).index_add(0, groups, all_b)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mmrep.losses._batch import PairBatch, pair_batch, scalar
+from mmrep.losses._batch import Exchange, PairBatch, check_exchange, pair_batch, scalar
 from mmrep.losses._sigmoid import tiled_sigmoid_sum
 from mmrep.losses._tiles import Tile
 from mmrep.world import World
@@ -23,6 +23,7 @@ def siglip(
     group: Tensor | None = None,
     valid: Tensor | None = None,
     world: World | None = None,
+    exchange: Exchange = "gather",
     tile: Tile | None = None,
 ) -> Tensor:
     """Classify every pair of the global batch as matching or not (arXiv:2303.15343, equation 1).
@@ -41,6 +42,7 @@ def siglip(
         group: [n] integers; pairs of equal number, on any rank, match each other. None: every pair only itself.
         valid: [n] booleans; a false row takes no part. It is never read.
         world: the ranks that share the batch; None is one process.
+        exchange: how the keys of the other ranks come here, see `SigLIP.Config`; the result is the same.
         tile: rows and columns held at a time.
 
     Returns:
@@ -50,9 +52,8 @@ def siglip(
     Raises:
         ValueError: shapes or dtypes do not fit, on this rank or between ranks.
     """
-    return _loss(
-        pair_batch(a, b, scale=scale, negatives=negatives, group=group, valid=valid, world=world), bias=bias, tile=tile
-    )
+    batch = pair_batch(a, b, scale=scale, negatives=negatives, group=group, valid=valid, world=world, exchange=exchange)
+    return _loss(batch, bias=bias, tile=tile)
 
 
 class SigLIP(nn.Module):
@@ -63,7 +64,19 @@ class SigLIP(nn.Module):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """A ``siglip`` loss has no fields."""
+        """Fields of a ``siglip`` loss.
+
+        Attributes:
+            exchange: "gather": every rank holds the keys of all, memory grows with the global batch. "ring": blocks of
+                keys visit one rank after another, memory stays at O(local batch) and a tile. The price: the keys travel
+                a second time for the backward pass, with four products where there were three, and all ranks wait for
+                each other at every visit.
+        """
+
+        exchange: Exchange = "gather"
+
+        def __post_init__(self) -> None:
+            check_exchange(self.exchange)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -84,18 +97,19 @@ class SigLIP(nn.Module):
         """Return ``loss`` and ``n``, the global number of valid pairs (int64); arguments as `siglip`."""
         if bias is None:
             raise ValueError("SigLIP needs a bias: a learned scalar, -10 at the start in the paper")
-        batch = pair_batch(a, b, scale=scale, negatives=negatives, group=group, valid=valid, world=world)
+        exchange = self.config.exchange
+        batch = pair_batch(
+            a, b, scale=scale, negatives=negatives, group=group, valid=valid, world=world, exchange=exchange
+        )
         loss = _loss(batch, bias=bias)
         return {"loss": loss, "n": torch.tensor(batch.pairs, device=loss.device)}
 
 
 def _loss(batch: PairBatch, *, bias: Tensor | float, tile: Tile | None = None) -> Tensor:
-    groups, key_groups = batch.groups, batch.key_groups
-    if groups is None or key_groups is None:
-        key_groups = torch.arange(len(batch.keys), device=batch.a.device)  # a hard negative's number is no pair's
-        groups = key_groups[batch.own]
+    groups, key_groups = batch.numbers()
     with torch.autocast(batch.a.device.type, enabled=False):
+        number = scalar(bias, batch.a)
         total = tiled_sigmoid_sum(
-            batch.a, batch.keys, batch.scale, scalar(bias, batch.a), groups, key_groups, tile=tile
+            batch.a, batch.keys, batch.scale, number, groups, key_groups, ring=batch.ring, tile=tile
         )
         return batch.reduce(total)

@@ -76,6 +76,24 @@ class DistributedWorld:
         """See `World.offset`."""
         return int(sum(row[0] for row in self._exchange([n])[: self._rank]))
 
+    def sizes(self, x: Tensor) -> list[int]:
+        """See `World.sizes`. Any dtype that `gather` takes."""
+        return self._announce(x)[0]
+
+    def shift(self, x: Tensor, rows: int) -> Tensor:
+        """See `World.shift`. Sends and receives are posted together, so that no order of ranks can deadlock."""
+        if self._size == 1:
+            return x
+        arriving = x.new_empty(rows, *x.shape[1:])
+        posted = [
+            dist.P2POp(operation, tensor, group=self._group, group_peer=(self._rank + step) % self._size)
+            for operation, tensor, step in ((dist.isend, x.contiguous(), 1), (dist.irecv, arriving, -1))
+            if tensor.numel()  # nothing is sent of no rows: the sizes have told the receiver so
+        ]
+        for work in dist.batch_isend_irecv(posted) if posted else ():
+            work.wait()
+        return arriving
+
     def _announce(self, x: Tensor) -> tuple[list[int], bool]:
         """Tell shape and dtype; return every rank's number of rows, and whether any rank needs a gradient."""
         known = 1 <= x.ndim <= _MAX_DIMS and x.dtype in _DTYPES
@@ -89,7 +107,7 @@ class DistributedWorld:
                 for rank, row in enumerate(table)
             ]
             raise ValueError(
-                "cannot gather: ranks must agree in dtype and in all dimensions but the first, "
+                "cannot exchange rows: ranks must agree in dtype and in all dimensions but the first, "
                 f"of 1 to {_MAX_DIMS} dimensions:\n" + "\n".join(lines)
             )
         return [row[3] for row in table], any(row[1] for row in table)

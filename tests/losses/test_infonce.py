@@ -43,10 +43,11 @@ def assert_same(
     symmetric=st.booleans(),
     duplicates=st.sampled_from(["positive", "mask"]),
     scale=st.sampled_from([1.0, 14.3, 100.0]),
+    exchange=st.sampled_from(["gather", "ring"]),
     tile=st.tuples(st.integers(1, 10), st.integers(1, 10)),
     seed=st.integers(0, 1000),
 )
-def test_equals_the_twin(n, extra, groups, share_valid, symmetric, duplicates, scale, tile, seed):
+def test_equals_the_twin(n, extra, groups, share_valid, symmetric, duplicates, scale, exchange, tile, seed):
     generator = torch.Generator().manual_seed(seed)
     a, b, s = unit(n, seed=seed), unit(n, seed=seed + 1), number(scale)
     negatives = None if extra is None else unit(extra, seed=seed + 2)
@@ -54,7 +55,9 @@ def test_equals_the_twin(n, extra, groups, share_valid, symmetric, duplicates, s
     valid = None if share_valid is None else torch.rand(n, generator=generator) < share_valid
     options = {"negatives": negatives, "group": group, "valid": valid, "symmetric": symmetric, "duplicates": duplicates}
     leaves = [a, b, s] if negatives is None else [a, b, s, negatives]
-    assert_same(info_nce(a, b, scale=s, tile=tile, **options), info_nce_twin(a, b, s, **options), leaves)
+    assert_same(
+        info_nce(a, b, scale=s, exchange=exchange, tile=tile, **options), info_nce_twin(a, b, s, **options), leaves
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
@@ -191,7 +194,8 @@ def test_trap_3_4h_a_bias_is_refused():
 def test_component():
     a, b, s, group = unit(6), unit(6, seed=1), number(10.0), torch.tensor([0, 0, 1, 1, 2, 3])
     valid = torch.tensor([True, True, True, False, True, True])
-    for config in (InfoNCE.Config(), InfoNCE.Config(symmetric=False, duplicates="mask")):
+    configs = (InfoNCE.Config(), InfoNCE.Config(exchange="ring"), InfoNCE.Config(symmetric=False, duplicates="mask"))
+    for config in configs:
         parts = InfoNCE(config)(a, b, scale=s, group=group, valid=valid)
         options = {"symmetric": config.symmetric, "duplicates": config.duplicates}
         assert_same(parts["loss"], info_nce_twin(a, b, s, None, group, valid, **options), [a, b, s])
@@ -211,6 +215,7 @@ def test_component():
         ({"valid": torch.ones(4)}, r"valid must be \[4\] booleans"),
         ({"scale": torch.ones(4)}, r"single numbers, got a tensor of shape \(4,\)"),
         ({"duplicates": "drop"}, "'positive' or 'mask', got 'drop'"),
+        ({"exchange": "rings"}, "'gather' or 'ring', got 'rings'"),
     ],
 )
 def test_errors_say_what_is_wrong(changes, message):

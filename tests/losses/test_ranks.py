@@ -1,10 +1,11 @@
 """On 1, 2 and 4 real processes with different, uneven shards, DDP's gradient is that of one process with all rows.
 
-The reference is the slow twin, so value, gradient, gathering and reduction are checked at once, in float64.
+The reference is the slow twin in float64, so value, gradient, exchange and reduction are checked at once.
 """
 
 from __future__ import annotations
 
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -50,6 +51,20 @@ SIGLIP_CASES = {
 }
 
 
+# How the keys are exchanged, in what dtype, and how far the result may be from the twin in float64.
+WAYS: dict[str, tuple[str, torch.dtype, float]] = {
+    "gather": ("gather", torch.float64, 1e-9),
+    "ring": ("ring", torch.float64, 1e-9),
+    "gather, float32": ("gather", torch.float32, 1e-5),
+    "ring, float32": ("ring", torch.float32, 1e-5),
+}
+
+
+def cases(way: str) -> list[str]:
+    """All of them in float64; in float32 those that have everything."""
+    return [name for name in CASES | SIGLIP_CASES if "everything" in name or "float32" not in way]
+
+
 def data() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     a, b, negatives = (torch.randn(n, 5, generator=generator, dtype=torch.float64) for n in (11, 11, 5))
@@ -71,6 +86,7 @@ class Towers(nn.Module):
         return loss(left, right, scale=self.log_scale.exp(), negatives=embedded, **options)
 
 
+@cache
 def single(name: str) -> tuple[Tensor, list[Tensor]]:
     """Loss and gradients of one process, by the twin."""
     a, b, negatives = data()
@@ -82,28 +98,27 @@ def single(name: str) -> tuple[Tensor, list[Tensor]]:
 
 
 def compare() -> dict[str, Any]:
-    """On each rank: relative errors of the mean loss and of DDP's gradients, by case."""
+    """On each rank: the mean loss and DDP's gradients, by way and case."""
     ranks = world()
     rows = slice(sum(SHARDS[ranks.size][: ranks.rank]), sum(SHARDS[ranks.size][: ranks.rank + 1]))
     hard = slice(sum(NEGATIVES[ranks.size][: ranks.rank]), sum(NEGATIVES[ranks.size][: ranks.rank + 1]))
     a, b, negatives = data()
     out: dict[str, Any] = {"world": ranks.size, "rows": rows.stop - rows.start}
-    for name, case in (CASES | SIGLIP_CASES).items():
-        towers = DistributedDataParallel(Towers(with_bias=name in SIGLIP_CASES))
-        options = {k: v[rows] if isinstance(v, Tensor) else v for k, v in case.items()}
-        options["negatives"] = negatives[hard] if options.pop("negatives", False) else None
-        loss = towers(
-            siglip if name in SIGLIP_CASES else info_nce, a[rows], b[rows], **options, world=ranks, tile=(2, 3)
-        )
-        loss.backward()
-        expected, grads = single(name)
-        mean = ranks.sum(loss.detach()) / ranks.size
-        out[name] = {
-            "loss": relative(mean, expected.detach()),
-            "gradients": [relative(p.grad, g) for p, g in zip(towers.parameters(), grads, strict=True)],
-        }
-    out["absent"] = [absent_modality(ranks, a, b, frozen) for frozen in (False, True)]
-    out["disagree"] = disagree(ranks, a[rows], b[rows])
+    for way, (exchange, dtype, _) in WAYS.items():
+        for name in cases(way):
+            case = (CASES | SIGLIP_CASES)[name]
+            loss = partial(siglip if name in SIGLIP_CASES else info_nce, world=ranks, tile=(2, 3), exchange=exchange)
+            towers = DistributedDataParallel(Towers(with_bias=name in SIGLIP_CASES).to(dtype))
+            options = {k: v[rows] if isinstance(v, Tensor) else v for k, v in case.items()}
+            options["negatives"] = negatives[hard].to(dtype) if options.pop("negatives", False) else None
+            value = towers(loss, a[rows].to(dtype), b[rows].to(dtype), **options)
+            value.backward()
+            mean = ranks.sum(value.detach()) / ranks.size
+            out[f"{way}: {name}"] = [x.tolist() for x in (mean, *(p.grad for p in towers.parameters()))]
+    for exchange in ("gather", "ring"):
+        contrast = partial(info_nce, world=ranks, exchange=exchange)
+        out[f"absent, {exchange}"] = [absent_modality(ranks, contrast, a, b, frozen) for frozen in (False, True)]
+        out[f"disagree, {exchange}"] = disagree(ranks, contrast, a[rows], b[rows])
     return out
 
 
@@ -113,7 +128,7 @@ def relative(actual: Tensor | None, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-3))
 
 
-def absent_modality(ranks, a: Tensor, b: Tensor, frozen: bool) -> float:
+def absent_modality(ranks, contrast, a: Tensor, b: Tensor, frozen: bool) -> float:
     """All rows on the last rank; the others have constants of zero rows, and still meet it in both passes.
 
     If frozen, only the left tower learns: nothing that the constant ranks hold, nor what they gather, has a gradient.
@@ -126,7 +141,7 @@ def absent_modality(ranks, a: Tensor, b: Tensor, frozen: bool) -> float:
     expected = torch.autograd.grad(info_nce_twin(left, right, torch.as_tensor(scale)), learning, retain_graph=True)
     if ranks.rank < ranks.size - 1:
         left = right = torch.zeros(0, 4, dtype=torch.float64)
-    info_nce(left, right, scale=scale, world=ranks).backward()
+    contrast(left, right, scale=scale).backward()
     errors = []
     for p, g in zip(learning, expected, strict=True):
         total = torch.zeros_like(p) if p.grad is None else p.grad.clone()
@@ -135,11 +150,11 @@ def absent_modality(ranks, a: Tensor, b: Tensor, frozen: bool) -> float:
     return max(errors)
 
 
-def disagree(ranks, a: Tensor, b: Tensor) -> list[str]:
+def disagree(ranks, contrast, a: Tensor, b: Tensor) -> list[str]:
     messages = []
-    for options in ({"negatives": b}, {"group": torch.arange(len(a))}):
+    for options in ({"negatives": b}, {"group": torch.arange(len(a))}, {"exchange": "ring"}, {"exchange": "gather"}):
         try:
-            info_nce(a, b, scale=1.0, world=ranks, **(options if ranks.rank == 0 else {}))
+            contrast(a, b, scale=1.0, **(options if ranks.rank == 0 else {}))
             messages.append("no error")
         except ValueError as error:
             messages.append(str(error))
@@ -153,25 +168,31 @@ def reports(request, tmp_path_factory):
     return reports
 
 
-@pytest.mark.parametrize("name", [*CASES, *SIGLIP_CASES])
-def test_trap_3_1_averaged_gradient_is_the_single_process_gradient(reports, name):
+@pytest.mark.parametrize(("way", "name"), [(way, name) for way in WAYS for name in cases(way)])
+def test_trap_3_1_averaged_gradient_is_the_single_process_gradient(reports, way, name):
+    loss, grads = single(name)
     for r in reports:
-        assert r[name]["loss"] < 1e-9
-        assert max(r[name]["gradients"]) < 1e-9
+        for actual, expected in zip(r[f"{way}: {name}"], (loss.detach(), *grads), strict=True):
+            assert relative(torch.tensor(actual, dtype=torch.float64), expected) < WAYS[way][2]
 
 
-def test_a_rank_without_the_modality_joins_both_passes(reports):
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_a_rank_without_the_modality_joins_both_passes(reports, exchange):
     for r in reports:
-        assert max(r["absent"]) < 1e-9
+        assert max(r[f"absent, {exchange}"]) < 1e-9
 
 
-def test_ranks_that_disagree_are_told_so(reports):
+@pytest.mark.parametrize("exchange", ["gather", "ring"])
+def test_ranks_that_disagree_are_told_so(reports, exchange):
     if len(reports) == 1:
         return
+    size = len(reports)
     for r in reports:
-        negatives, group = r["disagree"]
-        assert f"`negatives` was given on 1 of {len(reports)} ranks" in negatives
-        assert f"`group` was given on 1 of {len(reports)} ranks" in group
+        negatives, group, *exchanges = r[f"disagree, {exchange}"]
+        assert f"`negatives` was given on 1 of {size} ranks" in negatives
+        assert f"`group` was given on 1 of {size} ranks" in group
+        rings = 1 if exchange == "gather" else size - 1
+        assert sorted(exchanges) == [f"exchange was 'ring' on {rings} of {size} ranks; choose one for all", "no error"]
 
 
 def test_the_cases_would_notice_a_shard():

@@ -22,10 +22,11 @@ from tests.losses.twins import siglip_twin
     share_valid=st.sampled_from([None, 0.0, 0.5, 1.0]),
     scale=st.sampled_from([1.0, 14.3, 112.33]),
     bias=st.sampled_from([-16.0, -10.0, 0.0, 3.0]),
+    exchange=st.sampled_from(["gather", "ring"]),
     tile=st.tuples(st.integers(1, 10), st.integers(1, 10)),
     seed=st.integers(0, 1000),
 )
-def test_equals_the_twin(n, extra, groups, share_valid, scale, bias, tile, seed):
+def test_equals_the_twin(n, extra, groups, share_valid, scale, bias, exchange, tile, seed):
     generator = torch.Generator().manual_seed(seed)
     a, b, s, t = unit(n, seed=seed), unit(n, seed=seed + 1), number(scale), number(bias)
     negatives = None if extra is None else unit(extra, seed=seed + 2)
@@ -33,7 +34,11 @@ def test_equals_the_twin(n, extra, groups, share_valid, scale, bias, tile, seed)
     valid = None if share_valid is None else torch.rand(n, generator=generator) < share_valid
     options = {"negatives": negatives, "group": group, "valid": valid}
     leaves = [a, b, s, t] if negatives is None else [a, b, s, t, negatives]
-    assert_same(siglip(a, b, scale=s, bias=t, tile=tile, **options), siglip_twin(a, b, s, t, **options), leaves)
+    assert_same(
+        siglip(a, b, scale=s, bias=t, exchange=exchange, tile=tile, **options),
+        siglip_twin(a, b, s, t, **options),
+        leaves,
+    )
 
 
 @pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (112.33, -16.5), (1.0, 0.0)])
@@ -87,9 +92,12 @@ def test_trap_3_4d_low_precision_is_cast_before_the_product():
 def test_component():
     a, b, s, t = unit(6), unit(6, seed=1), number(10.0), number(-10.0)
     group, valid = torch.tensor([0, 0, 1, 1, 2, 3]), torch.tensor([True, True, True, False, True, True])
-    parts = SigLIP(SigLIP.Config())(a, b, scale=s, bias=t, group=group, valid=valid)
-    assert_same(parts["loss"], siglip_twin(a, b, s, t, None, group, valid), [a, b, s, t])
-    assert parts["n"].item() == 5
+    for config in (SigLIP.Config(), SigLIP.Config(exchange="ring")):
+        parts = SigLIP(config)(a, b, scale=s, bias=t, group=group, valid=valid)
+        assert_same(parts["loss"], siglip_twin(a, b, s, t, None, group, valid), [a, b, s, t])
+        assert parts["n"].item() == 5
+    with pytest.raises(ValueError, match="'gather' or 'ring', got 'rings'"):
+        SigLIP.Config(exchange="rings")
     assert SigLIP.needs_bias
     with pytest.raises(ValueError, match="needs a bias"):
         SigLIP(SigLIP.Config())(a, b, scale=s)

@@ -28,12 +28,26 @@ def partial(rank: int) -> torch.Tensor:
     return torch.tensor(table[rank], dtype=torch.float64)
 
 
+def around(ranks: World, x: torch.Tensor) -> list[object]:
+    """What arrives in each of as many shifts as there are ranks."""
+    sizes, seen = ranks.sizes(x), []
+    for step in range(ranks.size):
+        x = ranks.shift(x, sizes[(ranks.rank - step - 1) % ranks.size])
+        seen.append(x.to(torch.float64).tolist())
+    return [sizes, *seen]
+
+
 def report() -> dict[str, object]:
     ranks = world()
     out: dict[str, object] = {"size": ranks.size, "rank": ranks.rank, "offset": ranks.offset(ROWS[ranks.rank])}
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool):
         out[f"gather {dtype}"] = ranks.gather(rows_of(ranks.rank, dtype)).to(torch.float64).tolist()
     out["gather nothing"] = list(ranks.gather(torch.zeros(0, 4)).shape)
+    for dtype in (torch.float32, torch.float64, torch.int64):
+        out[f"shift {dtype}"] = around(ranks, rows_of(ranks.rank, dtype))
+    strided = torch.arange(6.0).reshape(2, 3).T + 10 * ranks.rank
+    out["shift strided"] = ranks.shift(strided, 3).tolist()
+    out["strided"] = strided.tolist()
     equal = torch.full((2,), float(ranks.rank))
     out["gather equal"] = ranks.gather(equal).tolist()
     out["gather strided"] = ranks.gather(torch.arange(6.0).reshape(2, 3).T).tolist()
@@ -72,10 +86,16 @@ def report() -> dict[str, object]:
             out[name] = "no error"
         except ValueError as error:
             out[name] = str(error)
+    try:
+        ranks.sizes(wrong["width"])
+    except ValueError as error:
+        out["sizes"] = str(error)
 
     pair = dist.new_group([0, 2])
     if ranks.rank != 1:
-        out["subgroup"] = DistributedWorld(pair).gather(torch.tensor([ranks.rank])).tolist()
+        some = DistributedWorld(pair)
+        out["subgroup"] = some.gather(torch.tensor([ranks.rank])).tolist()
+        out["shift in a subgroup"] = some.shift(torch.tensor([ranks.rank]), 1).tolist()
     return out
 
 
@@ -101,6 +121,21 @@ def test_gather_of_even_no_and_strided_rows(reports):
         assert r["gather equal"] == [0, 0, 1, 1, 2, 2]
         assert r["gather nothing"] == [0, 4]
         assert r["gather strided"] == [[0, 3], [1, 4], [2, 5]] * SIZE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64], ids=str)
+def test_shift_of_uneven_rows_goes_round_until_all_are_home(reports, dtype):
+    for rank, r in enumerate(reports):
+        sizes, *seen = r[f"shift {dtype}"]
+        assert sizes == list(ROWS)
+        assert seen == [rows_of((rank - step) % SIZE).tolist() for step in (1, 2, 3)]
+
+
+def test_shift_of_strided_rows_leaves_them_as_they_were(reports):
+    rows = torch.arange(6.0).reshape(2, 3).T
+    for rank, r in enumerate(reports):
+        assert r["strided"] == (rows + 10 * rank).tolist()
+        assert r["shift strided"] == (rows + 10 * ((rank - 1) % SIZE)).tolist()
 
 
 def test_trap_3_1_gather_sums_the_gradients_of_all_ranks_into_the_owner(reports):
@@ -139,10 +174,12 @@ def test_trap_3_3d_a_mismatch_is_an_error_with_a_table_on_every_rank(reports):
         assert "rank 1: [2, 4] " in r["dimensions"]
         assert "1 to 8 dimensions" in r["0-D"]
         assert "unsupported dtype" in r["unsupported"]
+        assert r["sizes"] == r["width"]
 
 
 def test_a_group_of_some_ranks(reports):
     assert [r.get("subgroup") for r in reports] == [[0, 2], None, [0, 2]]
+    assert [r.get("shift in a subgroup") for r in reports] == [[2], None, [0]]
 
 
 def test_one_process_needs_no_group():
@@ -153,3 +190,5 @@ def test_one_process_needs_no_group():
     assert alone.logsumexp(x) is x
     assert alone.sum(x) is x
     assert alone.offset(3) == 0
+    assert alone.sizes(x) == [3]
+    assert alone.shift(x, 3) is x
