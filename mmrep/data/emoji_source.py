@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -69,15 +69,25 @@ class EmojiSource(Source):
         concept, artist = self._drawings[index]
         if index not in self._pictures:  # a few kilobytes each, and rendering takes a millisecond
             self._pictures[index] = picture(concept, artist, size=72 if artist == "twemoji" else self.config.size)
-        row = {
-            "image": self._pictures[index],
+        row = {"image": self._pictures[index], **self._words(index)}
+        return self.make_sample(row, f"{concept.id}/{artist}")
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source.column`."""
+        self.require_columns([name], "column")
+        if name == "image":
+            return list(super().column(name))
+        return [self._words(index)[name] for index in range(len(self))]
+
+    def _words(self, index: int) -> dict[str, Any]:
+        concept, artist = self._drawings[index]
+        return {
             "caption": [name for code in self.config.languages for name in concept.names.get(code, ())] or None,
             "name": concept.name,
             "artist": artist,
             "family": concept.family,
             "concept": concept.id,
         }
-        return self.make_sample(row, f"{concept.id}/{artist}")
 
     def fingerprint(self) -> str:
         """The config and the versions of the packages that the drawings and names come from."""

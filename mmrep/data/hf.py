@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from mmrep.config import ConfigError, config
+from mmrep.data.files import read_url
 from mmrep.data.sample import Quarantined, Sample
 from mmrep.data.source import Source, SourceConfig, require_unique, unwrap_media
 from mmrep.encoder import BadSampleError
@@ -104,6 +105,13 @@ class HFDataset(Source):
                 except BadSampleError as error:
                     yield Quarantined(name, "", error.cause, str(error))
 
+    def column(self, name: str) -> Sequence[Any]:
+        """See `Source.column`."""
+        if self.streaming:
+            return super().column(name)
+        self.require_columns([name], "column")
+        return self._dataset[name][:]
+
     def fingerprint(self) -> str:
         """The fingerprint that ``datasets`` keeps, or what names a stream."""
         return f"hf-dataset:{self.config}:{self._fingerprint}"
@@ -142,10 +150,4 @@ def _content(cell: Any) -> Any:
     is_media = isinstance(cell, dict) and cell.keys() == {"bytes", "path"}
     if not is_media or cell["bytes"] is not None or "://" not in str(cell["path"]):
         return unwrap_media(cell)
-    import fsspec
-
-    try:
-        with fsspec.open(cell["path"], "rb") as file:
-            return file.read()  # type: ignore[union-attr]
-    except OSError as error:
-        raise BadSampleError("unreadable file", f"{cell['path']}: {error}") from error
+    return read_url(cell["path"])

@@ -92,6 +92,17 @@ class ImageFolder(Source):
     def record_id(self, index: int) -> str:
         return self._names[index].removeprefix("\0")
 
+    def column(self, name: str) -> list[Any]:
+        """See `Source.column`; ``caption`` texts beside the pictures count as media."""
+        self.require_columns([name], "column")
+        if name == "image" or (name == "caption" and self._sidecars):
+            return list(super().column(name))
+        rows = [self._rows.get(file, {}) for file in self._names]
+        values = [row.get(name) if isinstance(row, Mapping) else None for row in rows]
+        if name == "class_name" and not any(isinstance(row, Mapping) and name in row for row in rows):
+            return [file.split("/", 1)[0] if "/" in file else None for file in self._names]
+        return [None if value == "" else value for value in values]
+
     def fingerprint(self) -> str:
         """Names, sizes and times of change of the pictures."""
         known = [self._root / name for name in self._names if (self._root / name).is_file()]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 from mmrep.data.sample import Quarantined, Sample
 from mmrep.data.source import Source
@@ -30,6 +31,14 @@ class Limited(Source):
     def record(self, index: int) -> Sample | Quarantined:
         """The record at ``index``, or the note that it could not be read."""
         return self._source.record(index)
+
+    def column(self, name: str) -> Sequence[Any]:
+        """The first ``count`` values of the column."""
+        return self._source.column(name)[: self._count]
+
+    def groups(self) -> Sequence[int | str | None]:
+        """The groups of the first ``count`` samples."""
+        return self._source.groups()[: self._count]
 
     def stream(self, part: int = 0, parts: int = 1, seed: int | None = None) -> Iterator[Sample | Quarantined]:
         """The first ``count`` records, split into ``parts``."""

@@ -13,21 +13,25 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmrep.config import ConfigError
 from mmrep.data.batch import Batch
+from mmrep.data.lengths import from_column, measured
 from mmrep.data.order import Order, Record
 from mmrep.data.reader import Item, Reader
 from mmrep.data.sample import Quarantined, Sample, stable_hash
 from mmrep.data.source import Source
+from mmrep.registry import near
 from mmrep.tokens import Inputs
 
 
 class BatchLoader:
     """Batches of a source for one of ``world_size`` processes.
 
-    Iterating yields the rest of the current epoch, from `position` on, and then goes to the next epoch. Global batch
+    Iterating yields the rest of the current epoch, from `position` on, and then goes to the next epoch; resumed at the
+    end of an epoch, that is no batch at all, since another process may have some left to be told about. Global batch
     ``k`` of an epoch is the same set of samples in the same order for any number of processes and workers if the
     source is map-style; each process gets a contiguous slice of it, of sizes that differ by at most one. Of a stream
     each process reads its own part, which depends on the number of processes; the parts may be uneven.
@@ -35,7 +39,7 @@ class BatchLoader:
     Args:
         source: what to read.
         reader: how to read it.
-        batch_size: samples of a *global* batch, bad ones included.
+        batch_size: samples of a *global* batch, bad ones included; with ``max_tokens``, at most.
         seed: of the order.
         rank: this process.
         world_size: number of processes.
@@ -46,6 +50,11 @@ class BatchLoader:
             fields, so that an epoch after the first reads nothing from the source and decodes nothing of the former.
             Map-style sources, ``workers=0``; all of it must fit in memory.
         buffer: a shuffled stream draws from this many records.
+        distinct_groups: no two samples of one ``group`` in a global batch. Map-style sources; see `Batching`.
+        bucket_by: samples in which this field is of similar length share a batch. Map-style sources; see `Batching`.
+        lengths: a column that holds the lengths of that field; None = every sample is prepared once to learn them.
+        max_tokens: with ``bucket_by``: a global batch ends before its samples times its longest would exceed this.
+        micro_batch: samples of one process that are computed at a time; a larger batch comes in parts.
         pin_memory: page-lock the tensors, for a GPU.
 
     Raises:
@@ -67,6 +76,11 @@ class BatchLoader:
         drop_last: bool = True,
         cache: bool = False,
         buffer: int = 1000,
+        distinct_groups: bool = False,
+        bucket_by: str | None = None,
+        lengths: str | None = None,
+        max_tokens: int | None = None,
+        micro_batch: int | None = None,
         pin_memory: bool = False,
     ) -> None:
         if cache and (workers or source.streaming):
@@ -75,12 +89,13 @@ class BatchLoader:
         source.require_columns(reader.fields, "fields")
         self._order = Order(
             source=source, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, shuffle=shuffle,
-            drop_last=drop_last, buffer=buffer,
+            drop_last=drop_last, buffer=buffer, distinct_groups=distinct_groups, max_tokens=max_tokens,
+            lengths=_lengths(source, reader, bucket_by, lengths, max_tokens),
         )  # fmt: skip
         self._options: dict[str, Any] = {
             "dataset": _Readings(source, reader, cache),
             "batch_sampler": self._order,
-            "collate_fn": _Collate(reader, packed=workers > 0),
+            "collate_fn": _Collate(reader, packed=workers > 0, micro_batch=micro_batch),
             "num_workers": workers,
             "persistent_workers": workers > 0,
             "pin_memory": pin_memory,
@@ -106,7 +121,6 @@ class BatchLoader:
         return self._order.steps_per_epoch
 
     def __iter__(self) -> Iterator[Batch]:
-        start = self.position
         loader = self._loader = DataLoader(**self._options) if self._loader is None else self._loader
         for batch in loader:
             self._order.position += 1
@@ -114,10 +128,7 @@ class BatchLoader:
         if self.position == 0:
             raise ConfigError([f"batch_size: process {self._order.rank} found no full batch in its part of the stream; "
                                f"it needs {self._order.local_size} samples"])  # fmt: skip
-        nothing_was_left = self.position == start
         self.end_epoch()
-        if nothing_was_left:
-            yield from self
 
     def end_epoch(self) -> None:
         """Go to the start of the next epoch, also if this process has batches left: when another one has none."""
@@ -168,6 +179,20 @@ def evaluation_batches(
     yield from loader
 
 
+def _lengths(
+    source: Source, reader: Reader, field: str | None, column: str | None, max_tokens: int | None
+) -> Tensor | None:
+    if field is None:
+        given = [name for name, value in (("lengths", column), ("max_tokens", max_tokens)) if value is not None]
+        if given:
+            raise ConfigError([f"{name}: means something only with bucket_by" for name in given])
+        return None
+    if field not in reader.fields:
+        fields = reader.fields
+        raise ConfigError([f"bucket_by: unknown field {field!r}{near(field, fields)} Fields: {', '.join(fields)}"])
+    return measured(source, field, reader.encoders[field]) if column is None else from_column(source, column)
+
+
 class _Readings(Dataset[Item | Quarantined]):
     """Reads what the plan names; the part of the loader that runs in workers."""
 
@@ -196,14 +221,15 @@ class _Readings(Dataset[Item | Quarantined]):
 class _Collate:
     """Collates in the worker. Single items travel as bytes: torch would spend a file descriptor on each tensor."""
 
-    def __init__(self, reader: Reader, packed: bool) -> None:
+    def __init__(self, reader: Reader, packed: bool, micro_batch: int | None) -> None:
         self.reader = reader
         self.packed = packed
+        self.micro_batch = micro_batch
 
     def __call__(self, items: Sequence[Item | Quarantined]) -> Batch:
-        batch = self.reader.collate(items)
-        if self.packed:
-            batch.items = {field: [_pack(item) for item in found] for field, found in batch.items.items()}
+        batch = self.reader.collate(items, self.micro_batch)
+        for part in (batch, *batch.parts) if self.packed else ():
+            part.items = {field: [_pack(item) for item in found] for field, found in part.items.items()}
         return batch
 
 
@@ -222,7 +248,8 @@ def _unpack(item: Any) -> Inputs:
 
 
 def _unpacked(batch: Batch) -> Batch:
-    for field, items in batch.items.items():
-        if any(isinstance(value, tuple) for item in items for value in item.values()):
-            batch.items[field] = [_unpack(item) for item in items]
+    for part in (batch, *batch.parts):
+        for field, items in part.items.items():
+            if any(isinstance(value, tuple) for item in items for value in item.values()):
+                part.items[field] = [_unpack(item) for item in items]
     return batch

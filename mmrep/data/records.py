@@ -61,6 +61,11 @@ class Records(Source):
     def __getitem__(self, index: int) -> Sample:
         return self.make_sample(self._rows[index], str(index))
 
+    def column(self, name: str) -> list[Any]:
+        """See `Source.column`."""
+        self.require_columns([name], "column")
+        return [row.get(name) for row in self._rows]
+
     def fingerprint(self) -> str:
         """A digest of the values."""
         digest = blake2b(digest_size=16)

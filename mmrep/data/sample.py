@@ -16,12 +16,14 @@ class Sample:
         fields: raw value by column; None (or an absent key) = missing, and missing is normal.
         label: class index or name, for zero-shot classification and probes.
         group: samples of one group are positives of each other (the same concept, class or duplicate).
+        times: how often the epoch has read this sample before (a small part of a mixture); views differ each time.
     """
 
     id: str
     fields: dict[str, Any] = field(default_factory=dict[str, Any])
     label: int | str | None = None
     group: str | int | None = None
+    times: int = 0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from mmrep.config import ConfigError, config
+from mmrep.data.files import UrlFolder
 from mmrep.data.sample import Quarantined, Sample
 from mmrep.encoder import BadSampleError
 from mmrep.registry import near
@@ -75,6 +79,40 @@ class Source:
         """
         for index in range(part, len(self), parts):
             yield self.record(index)
+
+    @property
+    def epoch_length(self) -> int:
+        """Samples of a shuffled epoch. A mixture with weights may draw some records twice and leave others out."""
+        return len(self)
+
+    @property
+    def most_repeats(self) -> int:
+        """How often a shuffled epoch holds one record at most."""
+        return 1
+
+    def epoch_order(self, seed: int) -> Tensor:
+        """The record numbers of a shuffled epoch, int64 [`epoch_length`]: a function of ``seed`` alone."""
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+
+    def column(self, name: str) -> Sequence[Any]:
+        """The values of a column, one a record, None where it is missing or unreadable; no media is opened.
+
+        Raises:
+            ConfigError: no such column, or a source that cannot tell it without reading every record.
+        """
+        why = "a stream is not known before it is read" if self.streaming else "it has no method `column`"
+        raise ConfigError([f"{type(self).__name__} cannot give the column {name!r} ahead of the samples: {why}"])
+
+    def groups(self) -> Sequence[int | str | None]:
+        """The group of every record, None where it has none; no media is opened.
+
+        Raises:
+            ConfigError: the source has no groups, or cannot tell them without reading every record.
+        """
+        name = getattr(self.config, "group", None)
+        if name is None:
+            raise ConfigError(["the data has no groups: name the column that holds them, `group: <column>`"])
+        return [_group(value) for value in self.column(name)]
 
     def fingerprint(self) -> str:
         """What identifies the data (path, size, revision): part of the key of cached embeddings."""
@@ -146,7 +184,7 @@ def is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and value != value)
 
 
-def unwrap_media(value: Any, folder: Path | None = None) -> Any:
+def unwrap_media(value: Any, folder: Path | UrlFolder | None = None) -> Any:
     """The content of a Hugging Face media cell ``{"bytes", "path"}``: its bytes, else its path; other values as is."""
     if not (isinstance(value, Mapping) and value.keys() == {"bytes", "path"}):
         return value
@@ -155,6 +193,13 @@ def unwrap_media(value: Any, folder: Path | None = None) -> Any:
     if value["path"] is None:
         return None
     return Path(value["path"]) if folder is None else folder / value["path"]
+
+
+def _group(value: Any) -> int | str | None:
+    try:
+        return None if is_missing(value) else _class(value, "group")
+    except BadSampleError:  # met again, and counted, when the record is read
+        return None
 
 
 def _class(value: Any, what: str) -> int | str | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import csv
-import glob
+import io
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import field
@@ -14,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmrep.config import ConfigError, config
+from mmrep.data.files import DataFile, UrlFolder, expand, is_url, names, read_url
 from mmrep.data.sample import Sample
 from mmrep.data.source import Source, SourceConfig, is_missing, require_unique, unwrap_media
 from mmrep.encoder import BadSampleError
-from mmrep.registry import near
 
 Format = Literal["csv", "tsv", "jsonl", "parquet"]
 SUFFIXES: Mapping[str, Format] = {
@@ -27,9 +26,10 @@ SUFFIXES: Mapping[str, Format] = {
 
 @config
 class TableConfig(SourceConfig):
-    """files: a file, a glob, or a list of them. format: None goes by the suffix.
+    """files: a path or URL, a glob or brace pattern, or a list of them. format: None goes by the suffix.
 
-    paths: columns that hold paths of files. root: folder that relative paths start from; None = the table's folder.
+    paths: columns that hold paths of files. root: folder that relative paths start from, or its URL; None = the
+    table's folder.
     """
 
     files: str | list[str]
@@ -44,6 +44,9 @@ class Table(Source):
     An empty cell, null and NaN are missing. A CSV cell is text, whatever it looks like. A line that cannot be parsed
     is a bad sample, not the end of the run. Ids are ``file name:row`` unless a column is named. A parquet file whose
     pictures do not fit in memory is better read by ``hf-dataset`` (``path: parquet``), which maps it from disk.
+
+    Any URL that fsspec knows is read like a file: when the run starts, and whole. Paths beside a table behind a URL
+    are URLs too, and read when the sample is.
     """
 
     Config = TableConfig
@@ -52,6 +55,8 @@ class Table(Source):
         super().__init__(config)
         patterns = [config.files] if isinstance(config.files, str) else config.files
         self._files = expand(patterns, "files")
+        root = config.root
+        self._root = None if root is None else UrlFolder(root.rstrip("/")) if is_url(root) else Path(root).expanduser()
         self._tables = [open_rows(file, config.format) for file in self._files]
         self._ends = list(accumulate(len(table) for table in self._tables))
         if not self._ends[-1]:
@@ -59,8 +64,7 @@ class Table(Source):
         self.columns = tuple(dict.fromkeys(name for table in self._tables for name in table.columns))
         self.require_columns(config.paths, "paths")
         self.require_special_columns()
-        shared = os.path.commonpath([file.parent for file in self._files])
-        self._names = [file.relative_to(shared).as_posix() for file in self._files]
+        self._names = names(self._files)
         if config.id is not None:
             require_unique((value for table in self._tables for value in table.column(config.id)), config.id)
 
@@ -70,12 +74,12 @@ class Table(Source):
     def __getitem__(self, index: int) -> Sample:
         number, row = self._place(index)
         values = self._tables[number].row(row)
-        folder = Path(self.config.root).expanduser() if self.config.root else self._files[number].parent
-        cells = {name: unwrap_media(value, folder) for name, value in values.items()}
+        folder = self._root or self._files[number].folder
+        cells = {name: _here(unwrap_media(value, folder), value, folder) for name, value in values.items()}
         cells = {name: value for name, value in cells.items() if value not in ("", b"", [])}
         for name in self.config.paths:
             if isinstance(cells.get(name), str):
-                cells[name] = folder / cells[name]
+                cells[name] = _here(folder / cells[name], None, folder)
         return self.make_sample(cells, f"{self._names[number]}:{row}")
 
     def record_id(self, index: int) -> str:
@@ -84,8 +88,12 @@ class Table(Source):
 
     def fingerprint(self) -> str:
         """Paths, sizes and times of change of the files."""
-        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self._files]
-        return f"table:{stats}:{self.config}"
+        return f"table:{[file.stamp for file in self._files]}:{self.config}"
+
+    def column(self, name: str) -> list[Any]:
+        """See `Source.column`."""
+        self.require_columns([name], "column")
+        return [value for table in self._tables for value in table.column(name)]
 
     def _place(self, index: int) -> tuple[int, int]:
         number = bisect_right(self._ends, index)
@@ -150,8 +158,8 @@ class _TextRows(_ArrowRows):
 class _JsonRows(Rows):
     """JSON lines: one object a line; empty lines are skipped."""
 
-    def __init__(self, file: Path) -> None:
-        self.lines = [line for line in file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
+    def __init__(self, content: bytes) -> None:
+        self.lines = [line for line in content.removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip()]
         columns: dict[str, None] = {}
         for index in range(len(self)):
             try:
@@ -174,35 +182,37 @@ class _JsonRows(Rows):
         return value
 
 
-def open_rows(file: Path, format: Format | None = None) -> Rows:
+def open_rows(file: Path | DataFile, format: Format | None = None) -> Rows:
     """Open one table file.
 
     Raises:
-        ConfigError: the format is unknown, or the file is not of it.
+        ConfigError: the format is unknown, the file is not of it, or it cannot be read to its end.
     """
-    format = format or SUFFIXES.get(file.suffix.lower())
+    file = file if isinstance(file, DataFile) else DataFile.local(file)
+    format = format or SUFFIXES.get(file.suffix)
     if format is None:
         known = ", ".join(SUFFIXES)
         raise ConfigError([f"files: {file} ends in none of {known}; set `format` to csv, tsv, jsonl or parquet"])
-    if format == "jsonl":
-        return _JsonRows(file)
     import pyarrow as pa
 
     try:
+        if format == "jsonl":
+            return _JsonRows(file.read())
         if format == "parquet":
             import pyarrow.parquet
 
-            return _ArrowRows(pyarrow.parquet.read_table(file))
+            return _ArrowRows(pyarrow.parquet.read_table(file.path or pa.BufferReader(file.read())))
         return _read_csv(file, "\t" if format == "tsv" else ",")
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise ConfigError([f"files: {file} cannot be read as {format}: {error}"]) from error
 
 
-def _read_csv(file: Path, delimiter: str) -> Rows:
+def _read_csv(file: DataFile, delimiter: str) -> Rows:
     import pyarrow as pa
     import pyarrow.csv
 
-    with file.open(newline="", encoding="utf-8-sig", errors="replace") as lines:
+    content = None if file.path is not None else file.read()
+    with io.TextIOWrapper(file.open() if content is None else io.BytesIO(content), "utf-8-sig", "replace", "") as lines:
         header = next(csv.reader(lines, delimiter=delimiter), [])
     if len(set(header)) != len(header) or not all(header):
         raise ConfigError([f"files: the first line of {file} must name each column once, got {header}"])
@@ -214,7 +224,7 @@ def _read_csv(file: Path, delimiter: str) -> Rows:
         return "skip"
 
     table = pyarrow.csv.read_csv(
-        file,
+        file.path or pa.BufferReader(content),
         # One thread: only then does a rejected row know its number.
         read_options=pyarrow.csv.ReadOptions(column_names=header, skip_rows=0, use_threads=False),
         parse_options=pyarrow.csv.ParseOptions(
@@ -227,27 +237,9 @@ def _read_csv(file: Path, delimiter: str) -> Rows:
     return _TextRows(table.slice(1), rejected)  # the names were given above, so the first row is the header itself
 
 
-def expand(patterns: Sequence[str], key: str) -> list[Path]:
-    """Paths and globs to existing files, sorted within each glob, each file once.
-
-    Raises:
-        ConfigError: a pattern matches nothing; the message names similar files of its folder.
-    """
-    found: dict[Path, None] = {}
-    for pattern in patterns:
-        name = os.path.expanduser(pattern)
-        matches = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name, recursive=True)))
-        if not matches:
-            folder = Path(name).parent
-            if folder.is_dir():
-                there = sorted(p.name for p in folder.iterdir() if p.is_file())
-                hint = f"{near(Path(name).name, there) or '.'} {folder} holds: {', '.join(there[:10]) or 'no files'}"
-            else:
-                hint = "" if glob.has_magic(str(folder)) else f": there is no folder {folder}"
-            raise ConfigError([f"{key}: {pattern!r} matches no file{hint}"])
-        # absolute, not resolved: files beside a link are looked for beside the link
-        found.update(dict.fromkeys(Path(match).absolute() for match in matches))
-    return list(found)
+def _here(value: Any, cell: Any, folder: Path | UrlFolder) -> Any:
+    """The content of what a table behind a URL names beside itself; other values as they are."""
+    return read_url(value) if isinstance(folder, UrlFolder) and isinstance(value, str) and value is not cell else value
 
 
 def _utf8(data: bytes) -> str:

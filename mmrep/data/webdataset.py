@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import field
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 from mmrep.config import config
+from mmrep.data.files import DataFile, expand, names
 from mmrep.data.sample import Quarantined, Sample, stable_hash
 from mmrep.data.source import Source, SourceConfig
-from mmrep.data.table import expand
 from mmrep.encoder import BadSampleError
 from mmrep.registry import require
 
+_BLOCK = 2**18
 _TEXT = frozenset({"txt", "text", "caption", "transcript"})
 
 
 @config
 class WebDatasetConfig(SourceConfig):
-    """shards: a path, glob or brace pattern (``train-{000..099}.tar``), or a list of them.
+    """shards: a path or URL, glob or brace pattern (``s3://bucket/train-{000..099}.tar``), or a list of them.
 
     columns: column → extension, or several separated by ``;`` of which the first present is taken
     (``{image: "png;jpg;jpeg;webp", caption: txt}``); empty = every extension is a column.
@@ -35,10 +34,12 @@ class WebDatasetConfig(SourceConfig):
 
 
 class WebDataset(Source):
-    """A stream of samples from local tar shards. The id is ``shard name/key``.
+    """A stream of samples from tar shards, on disk or behind any URL that fsspec knows. The id is ``shard name/key``.
 
     ``txt`` becomes text, ``json`` is parsed, ``cls`` is a whole number, anything else stays bytes. A damaged shard
     yields what comes before the damage and one quarantined entry; a sample that the damage may have cut is left out.
+    A shard that has gone since the run started, and a transfer that breaks off, are damages too; nothing is tried
+    twice. A remote shard is read forwards in one transfer and never kept.
     """
 
     Config = WebDatasetConfig
@@ -46,12 +47,9 @@ class WebDataset(Source):
 
     def __init__(self, config: WebDatasetConfig) -> None:
         super().__init__(config)
-        braceexpand = require("braceexpand", "webdataset").braceexpand
         require("webdataset", "webdataset")
-        patterns = [config.shards] if isinstance(config.shards, str) else config.shards
-        self._shards = expand([name for pattern in patterns for name in braceexpand(pattern)], "shards")
-        shared = os.path.commonpath([shard.parent for shard in self._shards])
-        self._names = {shard: shard.relative_to(shared).as_posix() for shard in self._shards}
+        self._shards = expand([config.shards] if isinstance(config.shards, str) else config.shards, "shards")
+        self._names = dict(zip(self._shards, names(self._shards), strict=True))
         self.columns = tuple(config.columns) or None
         self.require_special_columns()
 
@@ -70,10 +68,9 @@ class WebDataset(Source):
 
     def fingerprint(self) -> str:
         """Paths, sizes and times of change of the shards."""
-        stats = [(str(shard), shard.stat().st_size, shard.stat().st_mtime_ns) for shard in self._shards]
-        return f"webdataset:{stats}:{self.config}"
+        return f"webdataset:{[shard.stamp for shard in self._shards]}:{self.config}"
 
-    def _shard(self, shard: Path) -> Iterator[Sample | Quarantined]:
+    def _shard(self, shard: DataFile) -> Iterator[Sample | Quarantined]:
         tariterators = require("webdataset.tariterators", "webdataset")
         damage: list[str] = []
         held: Mapping[str, Any] | None = None
@@ -91,7 +88,7 @@ class WebDataset(Source):
         wanted = self.config.columns.values()
         return bool(wanted) and all(any(s in group for s in _suffixes(choices)) for choices in wanted)
 
-    def _record(self, shard: Path, group: Mapping[str, Any]) -> Sample | Quarantined:
+    def _record(self, shard: DataFile, group: Mapping[str, Any]) -> Sample | Quarantined:
         name = f"{self._names[shard]}/{group['__key__']}"
         columns = self.config.columns or {key: key for key in group if not key.startswith("__")}
         row: dict[str, Any] = {}
@@ -117,22 +114,38 @@ def _note(damage: list[str], error: Exception) -> bool:
     return False
 
 
-def _files(shard: Path, damage: list[str]) -> Iterator[dict[str, Any]]:
-    """The regular files of a tar, in the form that webdataset groups; stops at the first damage and notes it.
+class _Tar(tarfile.TarFile):
+    """Knows whether it was read to its end-of-archive block.
 
-    tarfile ends silently at a header that it cannot read, so a whole archive is known by its end-of-archive block.
+    tarfile ends silently at a header that it cannot read, so only that block tells a whole archive from a cut one.
     """
+
+    whole = False
+
+    class tarinfo(tarfile.TarInfo):  # the attribute that tarfile looks up
+        @classmethod
+        def fromtarfile(cls, tarfile: Any) -> Any:
+            try:
+                return super().fromtarfile(tarfile)
+            except EndOfArchive:
+                tarfile.whole = True
+                raise
+
+
+EndOfArchive: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
+
+
+def _files(shard: DataFile, damage: list[str]) -> Iterator[dict[str, Any]]:
+    """The regular files of a tar, in the form that webdataset groups; stops at the first damage and notes it."""
     try:
-        with shard.open("rb") as raw, tarfile.open(fileobj=raw) as tar:
+        with shard.open() as raw, _Tar.open(fileobj=raw, mode="r|*", bufsize=_BLOCK) as tar:
             while (info := tar.next()) is not None:
                 content = tar.extractfile(info) if info.isreg() else None
                 if content is not None:
                     yield {"fname": info.name, "data": content.read(), "__url__": str(shard)}
                 tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header it has seen
-            if tar.fileobj is raw:
-                raw.seek(tar.offset)
-                if raw.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    damage.append(f"no end-of-archive block at byte {tar.offset}")
+            if not tar.whole:
+                damage.append(f"no end-of-archive block at byte {tar.offset}")
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         damage.append(str(error))
 

@@ -167,3 +167,21 @@ def test_a_kept_reading_is_used_in_place_of_preparing():
 
 def test_stable_hash_is_the_same_everywhere():
     assert stable_hash(0, 1, "s1", np.int64(4)) == 8977102512316541603  # from b2sum -l 64
+
+
+def test_a_large_batch_comes_in_parts_of_nearly_equal_size_and_the_whole_keeps_what_belongs_to_samples():
+    reader = make_reader(memoised=["caption"])
+    source = make_source(5)
+    items = [reader.read(source[i], 0) for i in range(5)]
+    whole, parted = reader.collate(items), reader.collate(items, micro_batch=2)
+    assert [part.ids for part in parted.parts] == [whole.ids[:1], whole.ids[1:3], whole.ids[3:]]
+    assert parted.ids == whole.ids
+    assert parted.inputs == parted.items == {}
+    for name in ("seeds", "group"):
+        value = getattr(whole, name)
+        assert value is getattr(parted, name) is None or torch.equal(value, getattr(parted, name))
+    for field, present in whole.present.items():
+        assert torch.equal(parted.present[field], present)
+        assert torch.equal(torch.cat([part.present[field] for part in parted.parts]), present)
+    assert [k for part in parted.parts for k in part.keys.get("caption", [])] == whole.keys["caption"]
+    assert reader.collate(items, micro_batch=5).parts == []
