@@ -41,7 +41,6 @@ class CachedStep(Step):
         assert passes >= len(own), "the number of passes is the largest of all processes"
         self._options = options
         self._parts = [*own, *[Batch(ids=[])] * (passes - len(own))]
-        self._leaves: dict[Key, Tensor] = {}
         self._random: dict[Key, list[list[Tensor]]] = {}
 
     @property
@@ -56,15 +55,15 @@ class CachedStep(Step):
     def embedding(self, field: str, view: int = 0) -> Tensor:
         """See `Step.embedding`: a leaf, in whose gradient that of the loss is collected."""
         key = (field, view)
-        if key not in self._leaves:
+        if key not in self._embeddings:
             tower, states, chunks = self.tower(field), [], []
             with torch.no_grad(), _buffers_kept(tower):
                 for number in range(self.passes):
                     states.append(_random_state(self.model.device))
                     chunks.append(self.part(number).embedding(field, view))
             self._random[key] = states
-            self._leaves[key] = torch.cat(chunks).requires_grad_(any(p.requires_grad for p in tower.parameters()))
-        return self._leaves[key]
+            self._embeddings[key] = torch.cat(chunks).requires_grad_(any(p.requires_grad for p in tower.parameters()))
+        return self._embeddings[key]
 
     def features(self, field: str) -> Tensor:
         """See `Step.features`."""
@@ -97,7 +96,7 @@ class CachedStep(Step):
         start = sum(len(part) for part in self._parts[:number])
         total = torch.zeros((), device=self.model.device)
         after = _random_state(self.model.device)
-        for (field, view), leaf in self._leaves.items():
+        for (field, view), leaf in self._embeddings.items():
             if leaf.grad is None:
                 continue
             _set_random_state(self._random[field, view][number], self.model.device)

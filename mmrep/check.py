@@ -1,8 +1,11 @@
-"""What ``mmrep check`` does: contract checks of an encoder, verification of a saved model, validation of a recipe."""
+"""What ``mmrep check`` does: contract checks of an encoder, verification of a saved model, validation of a recipe.
+
+And ``mmrep check gradients RECIPE``: are the gradients of several processes those of one?
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mmrep._recipe_files import recipe_names
@@ -27,6 +30,32 @@ def check(what: str) -> Iterator[str]:
     else:
         known = [*encoders.names(), *recipe_names()]
         raise ConfigError([f"{what!r} is no encoder, recipe, recipe file or saved model{near(what, known)}"])
+
+
+def check_gradients(
+    arguments: Sequence[str], *, processes: int | None = None, samples: int | None = None
+) -> tuple[str, bool]:
+    """Check the gradients of a recipe across processes; see `mmrep.gradients.check_gradients`.
+
+    Args:
+        arguments: the recipe's name or path, then overrides.
+        processes: how many to start.
+        samples: of the global batch.
+
+    Returns:
+        What to print (nothing on any process of a launch but the first), and whether all terms agree.
+
+    Raises:
+        ConfigError: no recipe is given, or it is wrong.
+    """
+    if not arguments:
+        raise ConfigError(["check gradients: which recipe? mmrep check gradients RECIPE [a.b=value …]"])
+    from mmrep.gradients import check_gradients as compare
+    from mmrep.recipe import read_recipe
+
+    name, *overrides = arguments
+    report = compare(read_recipe(name, overrides), processes=processes, samples=samples)
+    return ("", True) if report is None else (report.text(), report.agree)
 
 
 def _encoder(name: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from mmrep.run import Results
+    from mmrep.results import Results
 
 app = typer.Typer(
     name="mmrep", help="Any kind of data in one embedding space.", no_args_is_help=True, add_completion=False,
@@ -36,13 +36,17 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the resolved config and shapes; train nothing.")
     ] = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Refuse kernels that are not reproducible (GPUs); slower.")
+    ] = False,
 ) -> None:
     """Train a recipe, then evaluate it. Under torchrun or accelerate launch, on several processes."""
     from mmrep.recipe import read_recipe
     from mmrep.run import Run
     from mmrep.training.engine import end_processes
 
-    resolved = read_recipe(recipe, overrides or (), smoke=smoke)
+    changes = [*(overrides or ()), *(["train.deterministic=true"] if deterministic else [])]
+    resolved = read_recipe(recipe, changes, smoke=smoke)
     if dry_run:
         from mmrep.describe import describe
 
@@ -182,11 +186,37 @@ def cp(
 
 @app.command()
 def check(
-    what: Annotated[str, typer.Argument(help="Name of an encoder, or path of a saved model or recipe.")],
+    what: Annotated[
+        str, typer.Argument(help="Name of an encoder, path of a saved model or recipe, or the word `gradients`.")
+    ],
+    rest: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE [A.B=VALUE]...]", help="After `gradients`: the recipe, and changes to it."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(help="gradients: how many to start, default 2; a launcher's number goes first.")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="gradients: size of the batch; default 16 a process.")] = None,
 ) -> None:
-    """Run the contract checks on an encoder, load and verify a saved model, or validate a recipe."""
-    from mmrep.check import check as run_checks
+    """Check an encoder's contract, a saved model, or a recipe; or, with `gradients RECIPE`, training on many processes.
 
+    `mmrep check gradients RECIPE [a.b=value ...]` compares the gradient of one process with that of several real ones,
+    which take unequal shares of one batch of the recipe's data: per loss, tower, temperature and objective. Exit code 1
+    if any differs. Under torchrun or accelerate launch it checks those processes; else it starts its own.
+    """
+    from mmrep.check import check as run_checks
+    from mmrep.check import check_gradients
+    from mmrep.config import ConfigError
+
+    if what == "gradients":
+        text, agree = check_gradients(rest or (), processes=processes, samples=samples)
+        if text:
+            typer.echo(text)
+        if not agree:
+            sys.exit(1)
+        return
+    if rest or processes is not None or samples is not None:
+        raise ConfigError([f"check {what}: takes nothing more; only `check gradients` takes a recipe and options"])
     for line in run_checks(what):
         typer.echo(line)
 
@@ -204,9 +234,8 @@ def main() -> None:
     """Entry point: expected errors become one readable message and exit code 2; Ctrl-C is exit code 130."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt:

@@ -17,7 +17,8 @@ from mmrep.config import dump
 from mmrep.model import parameter_counts
 
 if TYPE_CHECKING:
-    from mmrep.run import Results, Run
+    from mmrep.results import Results
+    from mmrep.run import Run
 
 _PACKAGES = (
     "mmrep", "torch", "torchvision", "torchaudio", "transformers", "open_clip_torch", "timm", "datasets", "accelerate",

@@ -99,7 +99,9 @@ class Temperature(nn.Module):
         key = prefix + "log_scale"
         if key in state_dict:  # older files hold a 0-D scale
             state_dict[key] = state_dict[key].reshape(1)
-            loaded = float(state_dict[key].float().exp())
+            stored: Any = state_dict[key]
+            stored = stored.full_tensor() if hasattr(stored, "full_tensor") else stored  # FSDP2: a shard may be empty
+            loaded = float(stored.float().exp())
             # Only outwards: a run that began at 112 and resumes at 105 keeps its bound of 112.
             self._highest, self._lowest = max(self._highest, loaded), min(self._lowest, loaded)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field
 
 from mmrep._recipe_files import recipe_names, recipe_text, resolve
+from mmrep.collapse import CollapseConfig
 from mmrep.config import Component, ConfigError, Of, config, dump, merge, override, parse
 from mmrep.model import ModelConfig
 from mmrep.registry import near
@@ -36,6 +37,11 @@ class DataConfig:
     train: the training source. fields: tower by column; a column that is not named is not read. views: per field, one
     or more random readings. evaluation: held-out sources by name. max_bad: share of unreadable samples past which the
     run stops. cache: keep prepared samples in memory.
+
+    Which training samples share a batch: distinct_groups: never two of one ``group``. bucket_by: those in which this
+    field has a similar length, so that little is padded. lengths: column that holds these lengths; null = measure them
+    when the run starts. max_tokens: with bucket_by, samples times longest of a batch at most; ``train.batch_size`` is
+    then the most samples.
     """
 
     train: Annotated[Component, Of("sources")]
@@ -44,6 +50,22 @@ class DataConfig:
     evaluation: Annotated[dict[str, Component], Of("sources")] = field(default_factory=dict)
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.05
     cache: bool = False
+    distinct_groups: bool = False
+    bucket_by: str | None = None
+    lengths: str | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"data.{name}: means something only with data.bucket_by, which names the field that is measured"
+            for name in ("lengths", "max_tokens")
+            if self.bucket_by is None and getattr(self, name) is not None
+        ]
+        if self.bucket_by is not None and self.bucket_by not in self.fields:
+            hint = near(self.bucket_by, self.fields)
+            problems.append(f"data.bucket_by: unknown field {self.bucket_by!r}{hint} Fields: {', '.join(self.fields)}")
+        if problems:
+            raise ConfigError(problems)
 
 
 @config
@@ -63,6 +85,7 @@ class Recipe:
     evaluations: Annotated[dict[str, Component], Of("evaluations")] = field(default_factory=dict)
     monitor: list[str] = field(default_factory=list)
     average: Annotated[float, Field(gt=0, lt=1)] | None = None
+    collapse: CollapseConfig | None = field(default_factory=CollapseConfig)
     about: str = ""
 
     def __post_init__(self) -> None:

@@ -17,7 +17,10 @@ import difflib
 import fnmatch
 import importlib
 import logging
+import os
+import sys
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any, TypeVar
@@ -131,13 +134,26 @@ class Registry:
         return name in self._local or name in self._entry_points()
 
     def _entry_points(self) -> dict[str, list[EntryPoint]]:
-        found: dict[str, list[EntryPoint]] = {}
-        for point in entry_points(group=self.group):
-            same = found.setdefault(point.name, [])
-            # One distribution can be seen twice (two sys.path entries): the same value is no second claim.
-            if all(point.value != other.value for other in same):
-                same.append(point)
-        return found
+        return _entry_points(self.group, tuple((path, _changed(path)) for path in sys.path))
+
+
+@lru_cache(maxsize=64)
+def _entry_points(group: str, where: tuple[tuple[str, int], ...]) -> dict[str, list[EntryPoint]]:
+    """What the installed packages announce; read again when a package comes or goes (``where`` then differs)."""
+    found: dict[str, list[EntryPoint]] = {}
+    for point in entry_points(group=group):
+        same = found.setdefault(point.name, [])
+        # One distribution can be seen twice (two sys.path entries): the same value is no second claim.
+        if all(point.value != other.value for other in same):
+            same.append(point)
+    return found
+
+
+def _changed(path: str) -> int:
+    try:
+        return os.stat(path or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 def _owner(point: EntryPoint) -> str:

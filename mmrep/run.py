@@ -8,38 +8,45 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mmrep.config import ConfigError, dump
+from mmrep._run_files import claim, save_model, scratch_folder
+from mmrep._swap import heal_folder
+from mmrep._unused import freeze_unused
+from mmrep.collapse import CollapseWatch
+from mmrep.config import ConfigError
 from mmrep.data.limited import Limited
 from mmrep.data.loader import BatchLoader
 from mmrep.data.quarantine import Quarantine
 from mmrep.data.reader import Reader
 from mmrep.data.sample import Sample
 from mmrep.data.source import Source
-from mmrep.evaluate.encoded import EncodedSet, encode_source
+from mmrep.evaluate._errands import Errands
+from mmrep.evaluate.encoded import EncodedSet, encode_source, encode_together
 from mmrep.evaluate.evaluation import Bench, Row
 from mmrep.hub.folder import load
 from mmrep.model import Model
+from mmrep.monitor import Monitor
 from mmrep.objectives.root import Root
-from mmrep.recipe import SMOKE_SAMPLES, Recipe, read_recipe, recipe_json, write_recipe
+from mmrep.recipe import SMOKE_SAMPLES, Recipe, read_recipe
 from mmrep.registry import near
+from mmrep.results import Results, results_markdown
 from mmrep.training.collectives import world
-from mmrep.training.engine import barrier, start_processes
+from mmrep.training.engine import barrier, share_buffers, start_processes, whole
+from mmrep.training.roll_call import accounted
 from mmrep.training.trainer import Callback, Trainer
 from mmrep.views.view import View
 
 logger = logging.getLogger(__name__)
-Results = dict[str, dict[str, Any]]
 _FIT_SAMPLES = 100_000
 _FITTED = ".fitted"
 
@@ -58,6 +65,9 @@ class Run:
         self.folder = folder
         self.smoke = smoke
         self._encoded: dict[str, EncodedSet] = {}
+        self._where: Callable[[], str] = lambda: "before the first step"
+        if folder is not None:
+            heal_folder(folder / "model")
 
     @cached_property
     def train_source(self) -> Source:
@@ -82,8 +92,7 @@ class Run:
     def untrained(self) -> Model:
         """The model as it is before training: the same seed gives the same weights."""
         files = self._fitted
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.recipe.train.seed)
+        with _seeded(self.recipe.train.seed):
             return Model(self.recipe.model, files=files)
 
     def encoded(self, name: str) -> EncodedSet:
@@ -92,13 +101,28 @@ class Run:
             self._encoded[name] = encode_source(self.model, self.source(name), self.recipe.data.fields)
         return self._encoded[name]
 
-    def evaluate(self, names: list[str] | None = None, model: Model | None = None) -> Results:
-        """Run the recipe's evaluations: per name, its type, its source and its rows."""
+    def evaluate(
+        self, names: list[str] | None = None, model: Model | None = None, *, together: bool = False
+    ) -> Results:
+        """Run the recipe's evaluations: per name, its type, its source and its rows.
+
+        Args:
+            names: which; None = all.
+            model: None = the run's own.
+            together: every process of a launch calls this, and embeds its share of what is evaluated; the figures are
+                the first process's, the others get none.
+        """
         chosen = self.recipe.evaluations
         for name in names or ():
             if name not in chosen:
                 raise ConfigError([f"no evaluation {name!r}{near(name, chosen)} Evaluations: {', '.join(chosen)}"])
-        bench = self._bench(model or self.model)
+        model = model or self.model
+        untrained = cache(self.untrained)
+        errands = self._errands(model, untrained) if together else None
+        if errands is not None and world().rank:
+            errands.follow()
+            return {}
+        bench = self._bench(model, untrained, errands)
         results: Results = {}
         for name in names or list(chosen):
             rows: list[Row] = chosen[name].build().run(bench)
@@ -107,6 +131,8 @@ class Run:
                 "data": getattr(chosen[name].config, "data", None),
                 "rows": rows,
             }
+        if errands is not None:
+            errands.done()
         return results
 
     def train(self, *, resume: bool = False, command: str = "") -> Results:
@@ -123,42 +149,68 @@ class Run:
             ConfigError: the folder holds another recipe's run.
         """
         assert self.folder is not None, "training writes a run folder"
-        recipe = self.recipe
         start_processes()
+        with accounted(lambda: self._where()):
+            return self._train(resume, command)
+
+    def _train(self, resume: bool, command: str) -> Results:
+        assert self.folder is not None
+        recipe = self.recipe
         here = world()
         if here.rank == 0:
-            self._claim(resume)
+            claim(self.folder, recipe, resume=resume)
         barrier()
         model = self.untrained()
+        freeze_unused(model)
         views: dict[str, list[View | None]] = {f: [v.build() for v in vs] for f, vs in recipe.data.views.items()}
-        root = Root(model, recipe.objectives, fields=recipe.data.fields, views=views, average=recipe.average)
+        with _seeded(recipe.train.seed):  # objectives may have weights too
+            root = Root(model, recipe.objectives, fields=recipe.data.fields, views=views, average=recipe.average)
         loader = self._loader(model, views, rank=here.rank, size=here.size)
         # A small set is judged after its first pass, a large one after a thousand samples.
         enough = 1000 if self.train_source.streaming else min(1000, len(self.train_source) // here.size)
         quarantine = Quarantine(self.folder, limit=recipe.data.max_bad, minimum=enough, processes=here.size)
         trainer = Trainer(
             root, loader, train=recipe.train, optim=recipe.optim, folder=self.folder,
-            on_quarantined=quarantine.add, callbacks=[Monitor(self, root)] if recipe.monitor else [],
+            on_quarantined=quarantine.add, callbacks=self._callbacks(root),
         )  # fmt: skip
+        self._where = lambda: f"step {trainer.step + 1}"
         trainer.fit(resume=resume)
         loader.close()
-        results: Results = {}
-        if here.rank == 0:
-            with root.averaged():
-                model.eval()
-                self.__dict__["model"] = model
+        self._where = lambda: "after the last step"
+        with self.trained(root) as final:
+            if here.rank == 0:
+                self.__dict__["model"] = final
                 self._encoded.clear()
-                results = self.evaluate()
+            results = self.evaluate(model=final, together=True)
+            if here.rank == 0:
                 (self.folder / "evaluation.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-                self._save_model(model, results, command)
-            del self.__dict__["model"]  # from now on the saved one
-            if quarantine.summary():
-                logger.warning("%s", quarantine.summary())
+                card = {"results": results_markdown(results), "data": recipe.about, "recipe": command}
+                save_model(final, self.folder, card)
+                del self.__dict__["model"]  # from now on the saved one
+                if quarantine.summary():
+                    logger.warning("%s", quarantine.summary())
         barrier()
         return results
 
+    @contextmanager
+    def trained(self, root: Root) -> Iterator[Model]:
+        """The model as it is evaluated and saved: averaged, whole and equal on all processes, which all call this."""
+        share_buffers(root)
+        with root.averaged():
+            model = whole(root.model, self.untrained)
+            was_training = model.training
+            model.eval()
+            try:
+                yield model
+            finally:
+                model.train(was_training)
+
+    def _callbacks(self, root: Root) -> list[Callback]:
+        watch = [] if self.recipe.collapse is None else [CollapseWatch(self.recipe.collapse, root)]
+        return [*watch, *([Monitor(self, root)] if self.recipe.monitor else [])]
+
     def _loader(self, model: Model, views: Mapping[str, list[View | None]], *, rank: int, size: int) -> BatchLoader:
-        recipe = self.recipe
+        recipe, data = self.recipe, self.recipe.data
         encoders = {field: model.tower(tower).encoder for field, tower in recipe.data.fields.items()}
         # A frozen tower sees the same deterministic reading in every epoch: its features are kept, not recomputed.
         # A view that only chooses among sample values (a caption of many) keeps that true: content is the key.
@@ -171,36 +223,48 @@ class Run:
         )
         return BatchLoader(
             self.train_source, reader, batch_size=recipe.train.batch_size, seed=recipe.train.seed, rank=rank,
-            world_size=size, workers=recipe.train.workers, cache=recipe.data.cache,
+            world_size=size, workers=recipe.train.workers, cache=data.cache, distinct_groups=data.distinct_groups,
+            bucket_by=data.bucket_by, lengths=data.lengths, max_tokens=data.max_tokens,
+            micro_batch=recipe.train.micro_batch,
         )  # fmt: skip
 
-    def _bench(self, model: Model) -> Bench:
+    def _errands(self, model: Model, untrained: Callable[[], Model]) -> Errands:
+        """What the processes do together in an evaluation: embed a held-out source, or (None) the training source."""
+
+        def embed(trained: bool, name: str | None) -> EncodedSet | None:
+            source = self.train_source if name is None else self.source(name)
+            return encode_together(model if trained else untrained(), source, self.recipe.data.fields)
+
+        return Errands({"embed": embed})
+
+    def _bench(self, model: Model, untrained: Callable[[], Model], errands: Errands | None) -> Bench:
         fields = dict(self.recipe.data.fields)
-        untrained: dict[str, Any] = {}
+        own = model is self.__dict__.get("model")
 
-        def before() -> Model:
-            if "model" not in untrained:
-                untrained["model"] = self.untrained()
-            return untrained["model"]
-
-        def encoded(name: str) -> EncodedSet:
-            if model is self.__dict__.get("model"):
-                return self.encoded(name)
-            return encode_source(model, self.source(name), fields)
+        def embed(trained: bool, name: str | None) -> EncodedSet:
+            if trained and own and name in self._encoded:
+                return self._encoded[name]
+            if errands is not None:
+                found: EncodedSet = errands.ask("embed", trained, name)
+            else:
+                source = self.train_source if name is None else self.source(name)
+                found = encode_source(model if trained else untrained(), source, fields)
+            if trained and own and name is not None:
+                self._encoded[name] = found
+            return found
 
         return Bench(
-            model=model, fields=fields, encoded=encoded,
-            encoded_untrained=lambda name: encode_source(before(), self.source(name), fields),
-            train=lambda: self.train_source,
-            encoded_train=lambda: encode_source(model, self.train_source, fields),
-            untrained=before,
+            model=model, fields=fields, untrained=untrained, train=lambda: self.train_source,
+            encoded=lambda name: embed(True, name),
+            encoded_untrained=lambda name: embed(False, name),
+            encoded_train=lambda: embed(True, None),
         )  # fmt: skip
 
     @cached_property
     def _fitted(self) -> dict[str, Path]:
         """Let every encoder learn what it needs (a tokenizer) from the training samples, once a run folder."""
         files: dict[str, Path] = {}
-        base = (self.folder or _scratch()) / "files"
+        base = (self.folder or scratch_folder()) / "files"
         for name, tower in self.recipe.model.towers.items():
             folder = base / name
             if world().rank == 0 and not (folder / _FITTED).is_file():
@@ -228,63 +292,6 @@ class Run:
                     for field in missing
                 ])  # fmt: skip
         return Limited(source, SMOKE_SAMPLES) if self.smoke else source
-
-    def _claim(self, resume: bool) -> None:
-        """Make the folder this recipe's, or refuse: a run is never mixed with another's files."""
-        assert self.folder is not None
-        config = self.folder / "config.yaml"
-        if config.is_file():
-            if not resume:
-                raise ConfigError(
-                    [f"{self.folder} holds a run already: add --resume to go on, or choose another --out"]
-                )
-            before = read_recipe(str(config))
-            if recipe_json(before) != recipe_json(self.recipe):
-                raise ConfigError(
-                    [f"{config} differs from the recipe given: {', '.join(_differences(before, self.recipe))}"]
-                )
-        elif self.folder.exists() and any(self.folder.iterdir()):
-            raise ConfigError([f"{self.folder} is not empty and holds no run; choose another --out"])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_recipe(self.recipe, config)
-
-    def _save_model(self, model: Model, results: Results, command: str) -> None:
-        """Write the model beside its final place and rename, so that a kill leaves the old or the new one."""
-        assert self.folder is not None
-        final, fresh, old = (self.folder / name for name in ("model", ".model-new", ".model-old"))
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        model.save_pretrained(
-            fresh,
-            model_card_kwargs={"results": results_markdown(results), "data": self.recipe.about, "recipe": command},
-        )
-        if final.exists():
-            os.rename(final, old)
-        os.rename(fresh, final)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-class Monitor(Callback):
-    """Runs the evaluations named in ``monitor`` every ``train.eval_every`` steps and logs their figures."""
-
-    def __init__(self, run: Run, root: Root) -> None:
-        self.run = run
-        self.root = root
-
-    def on_eval(self, trainer: Trainer, step: int) -> dict[str, float] | None:
-        """Figures by name, ``eval/<evaluation>/<direction>/<figure>``; on the first process only."""
-        if not trainer.is_main:
-            return None
-        with self.root.averaged():
-            results = self.run.evaluate(self.run.recipe.monitor, self.root.model)
-        return {
-            "/".join(filter(None, ("eval", name, row.get("direction"), key))): float(value)
-            for name, result in results.items()
-            for row in result["rows"]
-            if row["who"] == "model"
-            for key, value in row.items()
-            if key not in ("who", "direction")
-        }
 
 
 @dataclass
@@ -315,49 +322,13 @@ def open_run(folder: Path | str) -> Run:
     return Run(read_recipe(str(folder)), folder)
 
 
-def results_markdown(results: Results) -> str:
-    """The results as one Markdown table per evaluation."""
-    blocks: list[str] = []
-    for name, result in results.items():
-        keys = [k for k in result["rows"][0] if k not in ("who", "direction")]
-        head = f"| {name} | |" + "".join(f" {k} |" for k in keys) + "\n|---|---|" + "---|" * len(keys)
-        lines = [
-            f"| {row.get('direction', '')} | {row['who']} |" + "".join(f" {_figure(row.get(k))} |" for k in keys)
-            for row in result["rows"]
-        ]
-        blocks.append("\n".join([head, *lines]))
-    return "\n\n".join(blocks)
-
-
-def _figure(value: Any) -> str:
-    return "" if value is None else f"{value:.3f}" if isinstance(value, float) and abs(value) < 2 else f"{value:g}"
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Draw weights from ``seed``, and leave the generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def _on_device(view: View | None) -> bool:
     return view is not None and type(view).batch is not View.batch
-
-
-def _differences(a: Recipe, b: Recipe) -> list[str]:
-    def flat(value: Any, path: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {
-                k: v for key, part in value.items() for k, v in flat(part, f"{path}.{key}" if path else key).items()
-            }
-        return {path: value}
-
-    left, right = flat(dump(a)), flat(dump(b))
-    return [
-        f"{k}: {left.get(k)!r} there, {right.get(k)!r} here"
-        for k in sorted({*left, *right})
-        if left.get(k) != right.get(k)
-    ][:8]
-
-
-def _scratch() -> Path:
-    """A folder for a dry run, which must not write into the run folder; removed at exit."""
-    import atexit
-    import tempfile
-
-    folder = tempfile.mkdtemp(prefix="mmrep-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)

@@ -100,6 +100,13 @@ class Step:
             self._embeddings[key] = self._embed(field, view)
         return self._embeddings[key]
 
+    def computed(self) -> dict[str, Tensor]:
+        """The embeddings asked for so far, by field (``field.view`` past the first), detached, present rows only."""
+        return {
+            field if view == 0 else f"{field}.{view}": embedding.detach()[self.present(field)]
+            for (field, view), embedding in self._embeddings.items()
+        }
+
     def features(self, field: str) -> Tensor:
         """Pooled features of a frozen tower, float32 [B, width], without gradient; absent rows are zero."""
         tower, rows = self.tower(field), self.present(field).nonzero()[:, 0]
@@ -151,8 +158,10 @@ def idle(module: nn.Module) -> Tensor:
 
     Sharded parameters are left out: outside of the forward pass of their module they are not whole.
     """
-    trained = [p for p in module.parameters() if p.requires_grad and not isinstance(p, DTensor)]
-    return torch.zeros((), device=next(module.parameters()).device) + sum(p.float().sum() * 0 for p in trained)
+    parameters = list(module.parameters())
+    trained = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    device = parameters[0].device if parameters else torch.device("cpu")
+    return torch.zeros((), device=device) + sum(p.float().sum() * 0 for p in trained)
 
 
 def _is_sharded(module: nn.Module) -> bool:

@@ -17,6 +17,7 @@ from mmrep.registry import DuplicateNameError, MissingPackageError, Registry, Un
 def fresh(monkeypatch):
     points: list[EntryPoint] = []
     monkeypatch.setattr(registry, "entry_points", lambda group: [p for p in points if p.group == group])
+    monkeypatch.setattr(registry, "_entry_points", registry._entry_points.__wrapped__)  # these come and go
 
     def add(name, value):
         points.append(EntryPoint(name, value, "test.things"))
@@ -137,3 +138,16 @@ def test_the_public_names_exist_and_a_wrong_one_has_a_near_match():
         assert getattr(mmrep, name) is not None
     with pytest.raises(AttributeError, match="did you mean 'load'"):
         mmrep.laod  # noqa: B018
+
+
+def test_a_package_that_comes_later_is_found(tmp_path, monkeypatch):
+    """What is installed is looked up once, and again when a folder of packages changes."""
+    things = Registry("test.later", "thing")
+    assert things.names() == []
+    monkeypatch.syspath_prepend(tmp_path)
+    assert things.names() == []
+    info = tmp_path / "later-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Name: later\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[test.later]\none = json:JSONDecoder\n")
+    assert things.names() == ["one"]

@@ -193,3 +193,23 @@ def test_raw_baselines_equal_a_plain_loop_and_lookup_needs_every_group_in_traini
         vector = torch.nn.functional.normalize(described.features(item), dim=1)[0].detach()
         torch.testing.assert_close(torch.from_numpy(items[i]), vector, rtol=1e-4, atol=1e-5)
     assert queries.shape == items.shape
+
+
+def test_micro_batches_train_the_same_model(tmp_path):
+    """Several steps of SGD, four parts a batch: the loss, the temperature and every weight, as computed at once."""
+    folder = make_world(tmp_path / "world")
+    sgd = {"optimizer": "sgd", "lr": 0.1}
+    train = {"steps": 4, "batch_size": 16, "precision": "fp32", "workers": 0, "log_every": 1, "save_every": None}
+    states, logs = [], []
+    for name, micro in (("whole", None), ("parts", 4)):
+        recipe = read_recipe(str(write_recipe(folder, train={**train, "micro_batch": micro}, optim=sgd)))
+        run = Run(recipe, tmp_path / name)
+        run.train()
+        states.append(run.model.state_dict())
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        logs.append([json.loads(line)["loss"] for line in lines])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    moved = Run(read_recipe(str(folder / "recipe.yaml"))).untrained().state_dict()
+    assert any(not torch.allclose(states[0][key], value, rtol=1e-3) for key, value in moved.items())
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import NDArray
 
-from mmrep.data.reader import failure
 from mmrep.data.sample import Quarantined, Sample
 from mmrep.data.source import Source
-from mmrep.embed.encode import encode_items
+from mmrep.evaluate._parts import Part, embed_part, merge
 from mmrep.model import Model
-from mmrep.progress import progress
-from mmrep.tokens import Inputs
+from mmrep.training.collectives import world
 
 
 @dataclass
@@ -54,7 +52,7 @@ class EncodedSet:
 def encode_source(
     model: Model, source: Source, fields: Mapping[str, str], *, batch_size: int = 64, limit: int | None = None
 ) -> EncodedSet:
-    """Embed every field of every readable sample of ``source`` with the deterministic reading.
+    """Embed every field of every readable sample of ``source`` with the deterministic reading, in this process.
 
     Args:
         model: the model; put in eval mode and left as it was.
@@ -63,57 +61,39 @@ def encode_source(
         batch_size: samples per forward pass.
         limit: read at most this many samples.
     """
-    samples: list[Sample] = []
-    bad: list[Quarantined] = []
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in fields}
-    present: dict[str, list[bool]] = {name: [] for name in fields}
-    was_training = model.training
-    model.eval()
-    total = None if source.streaming else min(len(source), limit or len(source))
-    try:
-        with progress(total=total, desc="embed", unit="sample", show=True) as bar:
-            records = islice(source.stream(), limit)
-            while window := list(islice(records, batch_size * 8)):
-                bar.update(len(window))
-                bad.extend(record for record in window if isinstance(record, Quarantined))
-                whole = [record for record in window if isinstance(record, Sample)]
-                items, read = _prepare(model, whole, fields, bad)
-                samples.extend(read)
-                for name, tower_name in fields.items():
-                    have = [i for i, item in enumerate(items) if name in item]
-                    block = torch.zeros(len(items), model.dim)
-                    if have:
-                        tower = model.tower(tower_name)
-                        chosen = [items[i][name] for i in have]
-                        block[have] = encode_items(tower, chosen, batch_size, model.device, tower.normalize)
-                    parts[name].append(block)
-                    present[name].extend(name in item for item in items)
-    finally:
-        model.train(was_training)
+    return _set(embed_part(model, source, fields, batch_size=batch_size, limit=limit, rank=0, size=1), source)
+
+
+@torch.no_grad()
+def encode_together(
+    model: Model, source: Source, fields: Mapping[str, str], *, batch_size: int = 64, limit: int | None = None
+) -> EncodedSet | None:
+    """As `encode_source`, each process embedding its share of the records; all of them must call it, with equal models.
+
+    Every record is embedded by one process, so none is counted twice, however many there are.
+
+    Returns:
+        The whole set in the source's order on the first process, None on the others.
+    """
+    here = world()
+    if here.size == 1:
+        return encode_source(model, source, fields, batch_size=batch_size, limit=limit)
+    part = embed_part(model, source, fields, batch_size=batch_size, limit=limit, rank=here.rank, size=here.size)
+    if here.rank:
+        dist.gather_object(part)
+        return None
+    samples, part.samples = part.samples, {}
+    parts: list[Any] = [None] * here.size
+    dist.gather_object(part, parts)
+    parts[0].samples = samples
+    return _set(merge(parts), source)
+
+
+def _set(part: Part, source: Source) -> EncodedSet:
     return EncodedSet(
-        samples=samples,
-        embeddings={n: torch.cat([torch.zeros(0, model.dim), *p]).numpy() for n, p in parts.items()},
-        present={n: np.array(p, dtype=bool) for n, p in present.items()},
-        quarantined=bad,
+        samples=[part.samples[place] for place in part.places],
+        embeddings=part.embeddings,
+        present=part.present,
+        quarantined=list(part.bad.values()),
         class_names=None if source.class_names is None else list(source.class_names),
     )
-
-
-def _prepare(
-    model: Model, window: Iterable[Sample], fields: Mapping[str, str], bad: list[Quarantined]
-) -> tuple[list[dict[str, Inputs]], list[Sample]]:
-    items: list[dict[str, Inputs]] = []
-    read: list[Sample] = []
-    for sample in window:
-        item: dict[str, Inputs] = {}
-        name = ""
-        try:
-            for name, tower in fields.items():
-                if sample.fields.get(name) is not None:
-                    item[name] = model.tower(tower).encoder.prepare(sample.fields[name])
-        except Exception as error:  # classified, counted and, where no value is to blame, raised again: see `failure`
-            bad.append(failure(error, sample.id, name))
-            continue
-        items.append(item)
-        read.append(sample)
-    return items, read

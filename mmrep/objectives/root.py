@@ -29,6 +29,9 @@ class Root(nn.Module):
         fields: tower name by field.
         views: per field, its views.
         average: decay of a moving average of the model's weights; None = no average.
+
+    Attributes:
+        seen: the embeddings of the last forward pass on this process, by field, without graph, for who watches.
     """
 
     def __init__(
@@ -52,8 +55,19 @@ class Root(nn.Module):
             self.objectives[name] = chosen.build(model, self.fields)
 
         self.average = None if average is None else WeightAverage(model, average)
+        if self.average is not None:  # DDP would broadcast them in every forward pass; they are equal anyway
+            names = [f"average.{name}" for name, _ in self.average.named_buffers()]
+            self._ddp_params_and_buffers_to_ignore = names
+        self.seen: dict[str, Tensor] = {}
         self._cached: CachedStep | None = None
         self._shares = torch.zeros(0, 0)
+
+    def compile_encoders(self) -> None:
+        """Compile every trained encoder's forward pass, in place: names in checkpoints stay as they are."""
+        for name in self.model.towers:
+            tower = self.model.tower(name)
+            if not tower.config.frozen:
+                tower.encoder.compile()
 
     def averaged(self) -> AbstractContextManager[None]:
         """The model with its averaged weights, if there is an average; it is what is evaluated and saved."""
@@ -85,13 +99,14 @@ class Root(nn.Module):
 
     def _report(self, step: Step, objectives: Mapping[str, Objective]) -> dict[str, Tensor]:
         report: dict[str, Tensor] = {}
-        total = torch.zeros((), device=self.model.device)
+        total = idle(self.model.temperatures)  # one that no objective names must not leave a reduction incomplete
         for name, objective in objectives.items():
             out = objective(step)
             weighted = objective.config.weight * out.pop("loss")
             total = total + weighted
             report[f"{name}/loss"] = weighted.detach()
             report.update({f"{name}/{part}": value.detach() for part, value in out.items()})
+        self.seen = step.computed()
         return {"loss": total, **report}
 
     def _replay(self, number: int, scale: float) -> dict[str, Tensor]:

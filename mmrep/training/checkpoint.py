@@ -129,14 +129,22 @@ def save(
         _sync_folder(temporary)
         temporary.rename(target)
         _sync_folder(folder)
-        for old in steps(folder)[:-keep]:
-            _discard(path_of(folder, old))
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        standing = [s for s in steps(folder) if s != step]
-        stands = f"{path_of(folder, standing[-1])} stands" if standing else "there is no earlier one"
-        raise CheckpointError(f"could not save the checkpoint of step {step} in {folder}: {error}; {stands}") from error
+        raise failure(folder, step, error) from error
+    try:
+        for old in steps(folder)[:-keep]:
+            _discard(path_of(folder, old))
+    except OSError as error:  # the new one is whole all the same
+        logger.warning("could not remove an old checkpoint in %s: %s", folder, error)
     return target
+
+
+def failure(folder: Path, step: int, error: Exception) -> CheckpointError:
+    """What a failed save says: of which step, where, why, and which checkpoint stands."""
+    last = latest(folder)
+    stands = f"{last} stands" if last else "there is no earlier one"
+    return CheckpointError(f"could not save the checkpoint of step {step} in {folder}: {error}; {stands}")
 
 
 def verify(path: Path) -> None:

@@ -15,6 +15,9 @@ from torch.autograd.function import once_differentiable
 
 from mmrep.world import LocalWorld, World
 
+# Renamed in torch 2.14, which warns of the old names.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 _MAX_DIMS = 8
 _DTYPES = (
     torch.float32, torch.float64, torch.bfloat16, torch.float16,
@@ -116,7 +119,7 @@ class DistributedWorld:
         device = device if device is not None and device.type != "cpu" else _backend_device(self._group)
         here = torch.tensor(numbers, dtype=torch.int64, device=device)
         table = here.new_empty(self._size, len(numbers))
-        dist.all_gather_into_tensor(table.view(-1), here, group=self._group)
+        _all_gather(table.view(-1), here, group=self._group)
         return table.tolist()
 
 
@@ -142,7 +145,7 @@ class _Gather(torch.autograd.Function):
         longest = max(sizes)
         gathered = x.new_empty(len(sizes) * longest, *x.shape[1:])
         if gathered.numel():
-            dist.all_gather_into_tensor(gathered, _pad(x, longest), group=group)
+            _all_gather(gathered, _pad(x, longest), group=group)
         if min(sizes) == longest:
             return gathered
         return torch.cat([part[:n] for part, n in zip(gathered.split(longest), sizes, strict=True)])
@@ -155,7 +158,7 @@ class _Gather(torch.autograd.Function):
         mine = grad.new_empty(longest, *grad.shape[1:])
         if mine.numel():
             padded = torch.cat([_pad(part, longest) for part in grad.split(sizes)])
-            dist.reduce_scatter_tensor(mine, padded, group=ctx.group)
+            _reduce_scatter(mine, padded, group=ctx.group)
         return mine[: sizes[ctx.rank]], None, None, None
 
 

@@ -22,10 +22,12 @@ class TrainConfig:
 
     steps: optimizer steps. epochs: passes over the data; may be a fraction. batch_size: samples a step, over all
     processes. micro_batch: samples that one process computes at a time; a larger batch is computed in parts, in the
-    memory of one, with the gradient of the whole (see `mmrep.cached`). precision: ``auto`` is bf16 where the hardware multiplies it, else fp32; weights stay fp32. seed: of
-    everything random. log_every, save_every, eval_every: in steps; null = only at the end (eval: never). keep: how many
-    checkpoints stay. workers: loader processes. channels_last: memory format of convolutions. deterministic: refuse
-    kernels that are not reproducible.
+    memory of one, with the gradient of the whole (see `mmrep.cached`). precision: ``auto`` is bf16 where the hardware
+    multiplies it, else fp32; weights stay fp32. seed: of everything random. log_every, save_every, eval_every: in
+    steps; null = only at the end (eval: never). keep: how many checkpoints stay. workers: loader processes.
+    channels_last: memory format of convolutions. compile: compile the encoders' forward passes with torch.compile (the
+    first steps then take minutes). deterministic: refuse kernels that are not reproducible. max_skipped: so many steps
+    of a run may have a loss or gradient that is not finite; they are skipped and counted, and one more stops the run.
     """
 
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -40,7 +42,9 @@ class TrainConfig:
     keep: Annotated[int, Field(ge=1)] = 3
     workers: Annotated[int, Field(ge=0)] = 2
     channels_last: bool = False
+    compile: bool = False
     deterministic: bool = False
+    max_skipped: Annotated[int, Field(ge=0)] = 5
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 
@@ -12,6 +12,10 @@ class CheckpointError(RuntimeError):
 
 class ResumeError(ValueError):
     """A run cannot be continued from this folder."""
+
+
+class CollapseError(ArithmeticError):
+    """A tower gives nearly the same embedding for everything."""
 
 
 class NonFiniteLoss(ArithmeticError):  # noqa: N818: named after what was seen
@@ -36,4 +40,24 @@ class NonFiniteLoss(ArithmeticError):  # noqa: N818: named after what was seen
             f"  batch: {shown or 'empty'}\n  {where}\n"
             "  The weights were not moved by this step. Usual causes: a learning rate that is too high, a division by "
             "zero or log of zero in a loss, a broken sample, fp16 overflow (use bf16)."
+        )
+
+
+class LostProcess(RuntimeError):  # noqa: N818: named after what happened
+    """The processes of a run cannot reach each other any more.
+
+    Attributes:
+        where: what this process was doing.
+        gone: by rank, who that was and why it is gone; empty if all are alive and wait for each other.
+    """
+
+    def __init__(self, where: str, rank: int, gone: Mapping[int, str]) -> None:
+        self.where = where
+        self.gone = dict(gone)
+        lines = [f"  process {number}{why}" for number, why in sorted(self.gone.items())]
+        if not lines:
+            lines = ["  every process is alive: one of them hangs, or they disagree about what comes next"]
+        super().__init__(
+            f"{where}: process {rank} can go on no more without the others:\n" + "\n".join(lines) + "\n"
+            "  Repair the cause and start all processes again with --resume: the last whole checkpoint stands."
         )

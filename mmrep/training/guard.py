@@ -42,27 +42,66 @@ class Watch:
         """Remember a step: its parts of the loss (detached) and its ``signals`` [2]: (not finite, asked to stop)."""
         self._steps.append(_Watched(step, ids, report, signals))
 
-    def look(self, module: nn.Module, checkpoint: Path | None) -> bool:
+    def look(self, module: nn.Module, checkpoint: Path | None, *, allowed: int = 0) -> tuple[bool, int]:
         """Judge the remembered steps and forget them.
 
         Args:
             module: whose gradients are searched if every part of the loss was finite.
             checkpoint: the last whole checkpoint, for the message.
+            allowed: how many steps that were not finite may still be skipped.
 
         Returns:
-            Whether some process was asked to stop.
+            Whether some process was asked to stop, and how many steps were not finite.
 
         Raises:
-            NonFiniteLoss: for the first step that was not finite.
+            NonFiniteLoss: for the first step that was not finite and is one too many.
         """
         steps, self._steps = self._steps, []
         if not steps:
-            return False
+            return False, 0
         signals = torch.stack([s.signals for s in steps]).tolist()
+        skipped = 0
         for seen, (bad, _) in zip(steps, signals, strict=True):
-            if bad:
-                raise NonFiniteLoss(seen.step, seen.ids, _culprits(seen, module, is_last=seen is steps[-1]), checkpoint)
-        return any(stop for _, stop in signals)
+            if not bad:
+                continue
+            stop = NonFiniteLoss(seen.step, seen.ids, _culprits(seen, module, is_last=seen is steps[-1]), checkpoint)
+            if skipped == allowed:
+                raise stop
+            skipped += 1
+            if stop.culprits:  # else another process tells
+                logger.warning(
+                    "step %d skipped, not finite: %s; batch: %s; %d more may be skipped",
+                    seen.step, ", ".join(stop.culprits), ", ".join(stop.ids[:8]), allowed - skipped,
+                )  # fmt: skip
+        return any(stop for _, stop in signals), skipped
+
+
+class Statistics:
+    """The running statistics of a module's normalisation layers, to be put back when a step is skipped.
+
+    A NaN in the forward pass would stay in them for good, and show only when the model is evaluated.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        layers = [part for part in module.modules() if isinstance(part, nn.modules.batchnorm._NormBase)]
+        self._layers = [layer for layer in layers if layer.track_running_stats]
+        self._kept: list[Tensor] = []
+
+    def keep(self) -> None:
+        """Remember them, before the forward pass."""
+        live = self._live()
+        if len(self._kept) != len(live) or any(a.device != b.device for a, b in zip(self._kept, live, strict=True)):
+            self._kept = [value.clone() for value in live]
+        elif live:
+            torch._foreach_copy_(self._kept, live)
+
+    def put_back(self) -> None:
+        """Set them to what `keep` saw."""
+        if self._kept:
+            torch._foreach_copy_(self._live(), self._kept)
+
+    def _live(self) -> list[Tensor]:
+        return [buffer for layer in self._layers for buffer in layer.buffers(recurse=False)]
 
 
 def _culprits(seen: _Watched, module: nn.Module, *, is_last: bool) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from mmrep.data.sample import stable_hash
 from mmrep.training.checkpoint import Packet
 
 
@@ -41,6 +42,14 @@ def restore(state: Packet) -> None:
     torch.set_rng_state(state.tensors["torch.cpu"])
     if torch.cuda.is_available() and "torch.cuda" in state.tensors:
         torch.cuda.set_rng_state(state.tensors["torch.cuda"])
+
+
+def reseed(*key: int) -> None:
+    """Start the generators anew from some numbers: the same numbers, the same start."""
+    seed = stable_hash("random numbers", *key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)  # of every device
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Weights and optimizer state by parameter name, in and out: what a checkpoint holds of them.
 
-Names are those of the bare module: no ``module.`` of a wrapper (the bare module is what is asked) and no ``_orig_mod.``
-of a compiled part. Sharded tensors (FSDP2) are gathered on the way out and sharded again on the way in, so that a
-checkpoint does not depend on how the run was spread; all processes must call these functions together.
+Names are those of the bare module: no ``module.`` of a data-parallel wrapper and no ``_orig_mod.`` of a compiled part,
+wherever in the module they are. Sharded tensors (FSDP2) are gathered on the way out and sharded again on the way in, so
+that a checkpoint does not depend on how the run was spread; all processes must call these functions together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from mmrep.training.errors import ResumeError
 
 def module_packet(module: nn.Module) -> Packet:
     """All parameters and persistent buffers."""
-    return Packet({_clean(name): _whole(value) for name, value in module.state_dict().items()})
+    clean = _Cleaner(module)
+    return Packet({clean(name): _whole(value) for name, value in module.state_dict().items()})
 
 
 def load_module(module: nn.Module, packet: Packet) -> None:
@@ -30,8 +31,8 @@ def load_module(module: nn.Module, packet: Packet) -> None:
     Raises:
         ResumeError: the names or the shapes are not the module's.
     """
-    current = module.state_dict()
-    names = {_clean(name): name for name in current}
+    current, clean = module.state_dict(), _Cleaner(module)
+    names = {clean(name): name for name in current}
     _refuse_differences("weights", set(packet.tensors), set(names))
     for name, value in packet.tensors.items():
         if value.shape != current[names[name]].shape:
@@ -77,12 +78,23 @@ def load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, packet: 
 
 def _names(optimizer: torch.optim.Optimizer, module: nn.Module) -> Mapping[Tensor, str]:
     """Name by parameter, of the parameters that the optimizer moves."""
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {p: _clean(name) for name, p in module.named_parameters() if id(p) in trained}
+    trained, clean = {id(p) for group in optimizer.param_groups for p in group["params"]}, _Cleaner(module)
+    return {p: clean(name) for name, p in module.named_parameters() if id(p) in trained}
 
 
-def _clean(name: str) -> str:
-    return name.replace("_orig_mod.", "")
+class _Cleaner:
+    """Takes wrappers out of names. ``module`` goes by its owner's type: a part of ours may well be called so."""
+
+    def __init__(self, module: nn.Module) -> None:
+        parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+        parts = module.named_modules(remove_duplicate=False)
+        self._inner = {f"{name}.module".lstrip(".") for name, part in parts if isinstance(part, parallel)}
+
+    def __call__(self, name: str) -> str:
+        steps = name.split(".")
+        paths = [".".join(steps[: i + 1]) for i in range(len(steps))]
+        kept = (s for s, path in zip(steps, paths, strict=True) if s != "_orig_mod" and path not in self._inner)
+        return ".".join(kept)
 
 
 def _whole(value: Tensor) -> Tensor:

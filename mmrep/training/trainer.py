@@ -18,8 +18,8 @@ from mmrep.data.sample import Quarantined
 from mmrep.training import rng
 from mmrep.training.cached import forward_backward
 from mmrep.training.contracts import Callback, Loader, TrainConfig
-from mmrep.training.engine import accelerator, share_buffers
-from mmrep.training.guard import Interrupts, Watch
+from mmrep.training.engine import accelerator, prepare, share_buffers
+from mmrep.training.guard import Interrupts, Statistics, Watch
 from mmrep.training.metrics import MetricsLog, temperatures
 from mmrep.training.optim import OptimConfig, build_optimizer, gradient_norm, set_lr
 from mmrep.training.progress import Progress
@@ -76,16 +76,19 @@ class Trainer:
         if train.channels_last:
             cast(Any, root).to(memory_format=torch.channels_last)
         root.to(self.device)
-        self._parallel, self._prepared = self.accelerator.prepare(root, build_optimizer(root, optim))
+        if train.compile:
+            cast(Any, root).compile_encoders()
+        self._parallel, self._prepared = prepare(self.accelerator, root, build_optimizer(root, optim))
         self.optimizer: torch.optim.Optimizer = self._prepared.optimizer
         if folder is not None and self.is_main:
             folder.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsLog(folder and folder / "metrics.jsonl", main=self.is_main)
         self.last_checkpoint: Path | None = None
         self._watch = Watch()
+        self._statistics = Statistics(root)
         # Looking at a number waits for the device: free on a CPU, dear on a GPU.
-        self._look_every = 1 if self.device.type == "cpu" else train.log_every
-        self._done: dict[str, int] = {}
+        fused = all(group.get("fused") for group in self.optimizer.param_groups)  # others cannot skip a step unseen
+        self._look_every = 1 if self.device.type == "cpu" or not fused else train.log_every
         self._clock = self._window = 0.0
         self._stop = False
         self._state = RunState(
@@ -126,10 +129,10 @@ class Trainer:
             resume: go on from the newest whole checkpoint in the folder; without any, start from the beginning.
 
         Returns:
-            ``steps, epochs, seconds, metrics`` (the last line), ``checkpoint, precision, processes, device``.
+            ``steps, epochs, seconds, skipped, metrics`` (the last line), ``checkpoint, precision, processes, device``.
 
         Raises:
-            NonFiniteLoss: a loss or a gradient was not finite.
+            NonFiniteLoss: a loss or a gradient was not finite, once more often than ``max_skipped`` allows.
             CheckpointError: a checkpoint could not be written.
             ResumeError: there is a run in the folder and ``resume`` is False, or it does not fit this recipe.
             KeyboardInterrupt: Ctrl-C; a checkpoint was saved before. SIGTERM does the same with SystemExit(143).
@@ -146,7 +149,7 @@ class Trainer:
                     self._tell()
                     if self._after_step(final=self.step == self.total_steps):
                         interrupts.leave()
-                    if self._done.get("log") == self.step:
+                    if self.counters.done.get("log") == self.step:
                         progress.show(self.metrics.last)
                 self._after_step(final=True)
                 if interrupts.requested:
@@ -160,6 +163,7 @@ class Trainer:
             "steps": self.step, "epochs": self.epoch, "seconds": self.counters.seconds, "metrics": self.metrics.last,
             "checkpoint": self.last_checkpoint and str(self.last_checkpoint), "device": str(self.device),
             "precision": self.accelerator.mixed_precision, "processes": self.accelerator.num_processes,
+            "skipped": self.counters.skipped,
         }  # fmt: skip
         for callback in self.callbacks:
             callback.on_fit_end(self, summary)
@@ -170,6 +174,8 @@ class Trainer:
         if batch.quarantined and self.on_quarantined is not None:
             self.on_quarantined(batch.quarantined, self.counters.samples)
         set_lr(self.optimizer, self._lr(self.step))
+        if self._look_every == 1:
+            self._statistics.keep()
         report = forward_backward(self._parallel, self.accelerator, batch.to(self.device))
         loss = report["loss"]
         self.accelerator.unscale_gradients()
@@ -179,18 +185,24 @@ class Trainer:
         signals = torch.stack([(~finite).float().reshape(()), torch.full_like(norm, interrupted).float().reshape(())])
         signals = cast(Tensor, self.accelerator.reduce(signals, "sum"))
         self._watch.add(self.step + 1, batch.ids, report, signals)
-        if self._look_every == 1:
-            self._look()
-        elif not scaled:
+        if self._look_every > 1 and not scaled:
             cast(Any, self.optimizer).found_inf = signals[0].clamp(max=1)  # fused kernels skip the step at 1
+        if self._look_every == 1 and self._look():
+            self._statistics.put_back()
+            self.metrics.add({}, len(batch))
+        else:
+            self._move(norm)
+            self.metrics.add({**report, "grad_norm": norm}, len(batch))
+        self._prepared.zero_grad()
+        self.counters.step += 1
+
+    def _move(self, norm: Tensor) -> None:
+        """The optimizer's step, and what follows it."""
         if self.optim.clip_norm is not None:  # after the look, which wants to see who spoiled the gradient
             nn.utils.clip_grads_with_norm_(self._parallel.parameters(), self.optim.clip_norm, norm)
         self._prepared.step()
         if not self._prepared.step_was_skipped:
             cast(Any, self.root).after_optimizer_step()
-        self._prepared.zero_grad()
-        self.metrics.add({**report, "grad_norm": norm}, len(batch))
-        self.counters.step += 1
 
     def _after_step(self, *, final: bool) -> bool:
         """Do what is due, each thing once a step. Returns whether some process was asked to stop."""
@@ -202,7 +214,8 @@ class Trainer:
             "save": self.train.save_every,
         }
         due = {name for name, every in intervals.items() if final or (every is not None and self.step % every == 0)}
-        due -= {name for name, step in self._done.items() if step == self.step}
+        due -= {name for name, step in self.counters.done.items() if step == self.step}
+        self.counters.done.update(dict.fromkeys(due, self.step))  # before saving: a checkpoint tells what was done
         if due:
             self._look()  # nothing is logged or saved of a step that has not been looked at
         if "log" in due:
@@ -211,9 +224,8 @@ class Trainer:
         if "eval" in due and self.train.eval_every is not None:
             self._evaluate()
         if "save" in due or self._stop:
-            self._save()
+            self._save(last=final or self._stop)
         self._window += time.perf_counter() - paused
-        self._done.update(dict.fromkeys(due, self.step))
         return self._stop
 
     def _tell(self) -> None:
@@ -222,11 +234,18 @@ class Trainer:
                 for callback in listening:
                     callback.on_step_end(self, self.step)
 
-    def _look(self) -> None:
-        self._stop |= self._watch.look(self.root, self.last_checkpoint)
+    def _look(self) -> bool:
+        """Whether a step since the last look was not finite, and had no effect."""
+        allowed = self.train.max_skipped - self.counters.skipped
+        stop, skipped = self._watch.look(self.root, self.last_checkpoint, allowed=allowed)
+        self._stop |= stop
+        self.counters.skipped += skipped
+        return skipped > 0
 
     def _log(self) -> None:
         now = {"epoch": self.epoch, "lr": self._lr(self.step - 1), "seconds": self.counters.seconds}
+        if self.counters.skipped:
+            now["skipped"] = self.counters.skipped
         self.metrics.flush(self.step, {**now, **temperatures(self.root)}, time.perf_counter() - self._window)
         self._window = time.perf_counter()
 
@@ -276,8 +295,8 @@ class Trainer:
                 return None
         return batch
 
-    def _save(self) -> None:
-        path = self._state.save(self.counters)
+    def _save(self, *, last: bool) -> None:
+        path = self._state.save(self.counters, last=last)
         if path is None:
             return
         self.last_checkpoint = path
@@ -293,7 +312,6 @@ class Trainer:
         if path is not None:
             self.counters = self._state.load(path)
             self.last_checkpoint = path
-            self._done = dict.fromkeys(("look", "log", "eval", "save"), self.step)
         self.metrics.rewind(self.step if path is not None else -1)
         self._clock = time.perf_counter() - self.counters.seconds
         self._window = time.perf_counter()

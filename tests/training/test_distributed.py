@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmrep.training.checkpoint import latest, load_state
-from mmrep.training.errors import ResumeError
+from mmrep.training.checkpoint import latest
 from tests.training.distributed_run import Exact
 from tests.training.toys import ToyRoot, lines, toy_trainer
 
@@ -110,9 +109,3 @@ def test_a_run_is_not_overwritten(runs):
     for one in found(runs, "existing"):
         assert one["error"] == "ResumeError"
         assert "already holds a run" in one["message"]
-
-
-def test_another_number_of_processes_is_refused(runs):
-    assert load_state(latest(runs / "plain" / "checkpoints"))["processes"] == 2
-    with pytest.raises(ResumeError, match=r"written by 2 processes and this run has 1"):
-        toy_trainer(runs / "plain").fit(resume=True)

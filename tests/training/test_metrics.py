@@ -68,6 +68,75 @@ def test_an_open_window_is_state(tmp_path):
     assert second.flush(5, {}, 1.0) == straight.flush(5, {}, 1.0)
 
 
+def test_windows_of_other_processes_are_merged(tmp_path):
+    """Two processes had three steps open, three go on for two: the line is that of one process over five steps."""
+    values = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    before, now = [MetricsLog(None) for _ in range(2)], [MetricsLog(None) for _ in range(3)]
+    for v in values[:3]:
+        for rank, log in enumerate(before):
+            log.add({"loss": v + 2 * rank - 1} | ({"rare": v} if rank else {}), 4)
+    packets = []
+    for rank, log in enumerate(before):
+        (tmp_path / str(rank)).write_bytes(log.state().to_bytes())
+        packets.append(Packet.read(tmp_path / str(rank)))
+    for rank, log in enumerate(now):
+        log.load_merged(packets, [9, 8, 7][rank], torch.device("cpu"))
+        for v in values[3:]:
+            log.add({"loss": v + rank - 1}, [3, 3, 2][rank])
+    states = [log.state() for log in now]
+    loss = sum(s.tensors["loss"].item() for s in states) / sum(s.data["counts"]["loss"] for s in states)
+    assert loss == pytest.approx(values.mean().item(), rel=1e-6)
+    rare = sum(s.tensors["rare"].item() for s in states) / sum(s.data["counts"]["rare"] for s in states)
+    assert rare == pytest.approx(values[:3].mean().item(), rel=1e-6)
+    assert sum(s.data["samples"] for s in states) == 5 * 8
+
+
+def test_lines_wait_for_room_on_the_disk(tmp_path, monkeypatch, caplog):
+    log = MetricsLog(tmp_path / "m.jsonl")
+    log.write({"step": 1})
+
+    class Full:
+        """A disk that takes the first half of a line."""
+
+        def __init__(self, file):
+            self.file, self.left = file, 5
+
+        def write(self, content):
+            taken = self.file.write(content[: self.left])
+            self.left -= taken
+            if not taken:
+                raise OSError(28, "No space left on device")
+            return taken
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+    original = type(tmp_path).open
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tmp_path), "open", lambda path, *a, **k: Full(original(path, *a, **k)))
+        log.write({"step": 2})
+        log.write({"step": 3})
+        with pytest.raises(OSError, match="No space"):
+            log.sync()
+    assert caplog.text.count("its lines wait in memory") == 1
+    log.sync()
+    assert read(tmp_path / "m.jsonl") == [{"step": 1}, {"step": 2}, {"step": 3}]
+    log.write({"step": 4})
+    assert read(tmp_path / "m.jsonl")[-1] == {"step": 4}
+
+
+def test_rewinding_takes_no_room_on_the_disk(tmp_path, monkeypatch):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n')
+    before = path.stat().st_ino
+    MetricsLog(path).rewind(2)
+    assert read(path) == [{"step": 2}]
+    assert path.stat().st_ino == before
+
+
 def test_only_the_main_process_writes(tmp_path):
     log = MetricsLog(tmp_path / "m.jsonl", main=False)
     log.add({"loss": torch.tensor(1.0)}, 1)
@@ -91,6 +160,13 @@ def test_temperatures():
     part = nn.Module()
     part.log_scale = nn.Parameter(torch.tensor([2.0]))
     root = nn.ModuleDict({"model": nn.ModuleDict({"audio-text": part}), "other": nn.Linear(1, 1)})
+    assert temperatures(root) == {"scale/audio-text": pytest.approx(7.389056)}
+
+
+def test_a_compiled_temperature_keeps_its_name():
+    part = nn.Module()
+    part.log_scale = nn.Parameter(torch.tensor([2.0]))
+    root = nn.ModuleDict({"audio-text": torch.compile(part, backend="eager")})
     assert temperatures(root) == {"scale/audio-text": pytest.approx(7.389056)}
 
 

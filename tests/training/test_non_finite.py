@@ -109,3 +109,78 @@ def test_no_reading_of_the_device_between_lines():
             trainer.fit()
         reads.append(len(mode.found))
     assert reads[0] == reads[1] > 0, mode.found
+
+
+def _bad_steps(*bad):
+    def poison(root, batch, fit, other):
+        return fit, other * torch.nan if root.calls in bad else other
+
+    return poison
+
+
+def test_single_bad_steps_are_skipped_counted_and_logged(tmp_path, caplog):
+    """Steps 4 and 9 leave no trace: neither in the optimizer, nor in the metrics."""
+
+    def poison(root, batch, fit, other):
+        return (fit * torch.nan, other) if root.calls in (4, 9) else (fit, other)
+
+    trainer = toy_trainer(tmp_path, root=ToyRoot(poison=poison), max_skipped=2)
+    summary = trainer.fit()
+    assert summary["skipped"] == trainer.counters.skipped == 2
+    assert summary["steps"] == 20
+    assert int(next(iter(trainer.optimizer.state.values()))["step"]) == 18
+    rows = lines(tmp_path)
+    assert [row.get("skipped") for row in rows] == [None, 1, 2, 2, 2, 2, 2]
+    assert all(value is not None for row in rows for value in row.values())
+    assert [row["samples"] for row in rows][:2] == [24, 24]
+    for step in (4, 9):
+        assert f"step {step} skipped, not finite: fit = nan" in caplog.text
+        assert ", ".join(trainer.loader.served[step - 1]) in caplog.text
+
+
+def test_a_bad_batch_does_not_stay_in_the_running_statistics():
+    def poison(root, batch, fit, other):
+        return (fit * torch.nan, other) if root.calls == 3 else (fit, other)
+
+    class Spoiled(ToyLoader):
+        def __iter__(self):
+            for number, batch in enumerate(super().__iter__(), 1):
+                if number == 3:
+                    batch.inputs["x"][0]["values"] = batch.inputs["x"][0]["values"] * torch.nan
+                yield batch
+
+    trainer = toy_trainer(None, root=ToyRoot(poison=poison), loader=Spoiled(), steps=5, max_skipped=1)
+    trainer.fit()
+    assert trainer.counters.skipped == 1
+    assert torch.isfinite(trainer.root.norm.running_mean).all()
+    assert int(trainer.root.norm.num_batches_tracked) == 4
+
+
+def test_one_more_than_allowed_stops_with_the_diagnosis_of_that_step(tmp_path):
+    trainer = toy_trainer(tmp_path, root=ToyRoot(poison=_bad_steps(2, 5, 11)), max_skipped=2)
+    with pytest.raises(NonFiniteLoss) as caught:
+        trainer.fit()
+    assert caught.value.step == 11
+    assert trainer.counters.skipped == 2
+
+
+def test_the_count_goes_on_after_a_resume(tmp_path):
+    first = toy_trainer(tmp_path, root=ToyRoot(poison=_bad_steps(2, 5)), steps=8, max_skipped=2)
+    first.fit()
+    with pytest.raises(NonFiniteLoss):
+        toy_trainer(tmp_path, root=ToyRoot(poison=_bad_steps(1)), steps=12, max_skipped=2).fit(resume=True)
+
+
+def test_on_a_device_that_is_asked_rarely_bad_steps_move_nothing_and_are_counted():
+    moves = {}
+
+    def poison(root, batch, fit, other):
+        moves[root.calls] = root.encode.weight.detach().clone()
+        return fit, other * torch.nan if root.calls in (3, 4) else other
+
+    trainer = toy_trainer(None, root=ToyRoot(poison=poison), log_every=5, save_every=None, max_skipped=2)
+    trainer._look_every = 5
+    trainer.fit()
+    assert trainer.counters.skipped == 2
+    assert torch.equal(moves[3], moves[5])
+    assert not torch.equal(moves[5], moves[6])

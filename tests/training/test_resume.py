@@ -6,7 +6,7 @@ import pytest
 
 from mmrep.schedules import Schedule
 from mmrep.training.contracts import Callback
-from mmrep.training.errors import CheckpointError, ResumeError
+from mmrep.training.errors import ResumeError
 from tests.training.toys import Recorder, ToyRoot, lines, same, toy_trainer
 
 
@@ -92,24 +92,3 @@ def test_a_damaged_newest_checkpoint_is_skipped(tmp_path):
     assert resumed.root.calls == 4
     same(straight, resumed)
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
-
-
-def test_a_full_disk_stops_the_run_and_it_can_be_resumed(tmp_path, monkeypatch):
-    from mmrep.training import checkpoint
-
-    straight = toy_trainer(tmp_path / "a")
-    straight.fit()
-    original = checkpoint._write
-
-    def full(path, content):
-        if "step-00000008" in str(path):
-            raise OSError(28, "No space left on device")
-        return original(path, content)
-
-    monkeypatch.setattr(checkpoint, "_write", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        toy_trainer(tmp_path / "b").fit()
-    monkeypatch.undo()
-    resumed = toy_trainer(tmp_path / "b", root=ToyRoot(seed=9))
-    resumed.fit(resume=True)
-    same(straight, resumed)

@@ -42,6 +42,36 @@ def test_no_prefix_of_a_compiled_part_leaks():
     assert torch.equal(module[0].weight, net()[0].weight)
 
 
+def test_no_prefix_of_a_data_parallel_part_leaks_and_a_part_called_module_keeps_its_name():
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(3, 2)
+
+    class Whole(nn.Module):
+        def __init__(self, wrapped):
+            super().__init__()
+            torch.manual_seed(0)
+            part = Part()
+            self.inner = nn.DataParallel(torch.compile(part, backend="eager")) if wrapped else part
+
+    wrapped, plain = Whole(True), Whole(False)
+    assert "inner.module._orig_mod.module.weight" in wrapped.state_dict()
+    optimizer = torch.optim.AdamW(wrapped.parameters())
+    sum(p.sum() for p in wrapped.parameters()).backward()
+    optimizer.step()
+    assert set(module_packet(wrapped).tensors) == {"inner.module.weight", "inner.module.bias"}
+    assert {name.rpartition("/")[0] for name in optimizer_packet(optimizer, wrapped).tensors} == set(plain.state_dict())
+    load_module(plain, stored(module_packet(wrapped)))
+    assert torch.equal(plain.inner.module.weight, wrapped.inner.module._orig_mod.module.weight)
+    other = torch.optim.AdamW(plain.parameters())
+    load_optimizer(other, plain, stored(optimizer_packet(optimizer, wrapped)))
+    for p, q in zip(wrapped.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(optimizer.state[p]["exp_avg"], other.state[q]["exp_avg"])
+    again = nn.DataParallel(plain)  # the root itself
+    assert set(module_packet(again).tensors) == set(plain.state_dict())
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_training_goes_on_bitwise(kind, fused):

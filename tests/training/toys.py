@@ -105,7 +105,7 @@ class ToyRoot(nn.Module):
 
 
 def toy_trainer(folder=None, *, root=None, loader=None, callbacks=(), on_quarantined=None, optim=None, **train):
-    train = {"precision": "fp32", "log_every": 3, "save_every": 4, "seed": 3, **train}
+    train = {"precision": "fp32", "log_every": 3, "save_every": 4, "seed": 3, "max_skipped": 0, **train}
     if "epochs" not in train:
         train.setdefault("steps", 20)
     optim = OptimConfig(**{"lr": 0.02, "schedule": Schedule(warmup=3), "weight_decay": 0.1, **(optim or {})})

@@ -1,0 +1,97 @@
+"""A watch on collapse: a tower that gives nearly the same vector for everything, or vectors of very few directions.
+
+The loss of a predictive or self-distilling objective looks best in a collapse, so the embeddings are watched.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmrep.config import config
+from mmrep.evaluate.diagnostics import effective_rank
+from mmrep.objectives.root import Root
+from mmrep.training.collectives import world
+from mmrep.training.contracts import Callback
+from mmrep.training.errors import CollapseError
+from mmrep.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+_ROWS = 1024  # a singular value decomposition of this many rows takes a fraction of a second
+
+
+@config
+class CollapseConfig:
+    """When to look, and what counts as collapsed.
+
+    every: steps between two looks. after: steps that are not judged; an untrained tower is narrow. min_spread: least
+    standard deviation per dimension, in units of that of a uniform sphere (1 = uniform, 0 = one point). min_rank: least
+    effective rank. patience: so many looks in a row must be bad. stop: end the run; else it is only said, once.
+    """
+
+    every: Annotated[int, Field(ge=1)] = 50
+    after: Annotated[int, Field(ge=0)] = 100
+    min_spread: Annotated[float, Field(ge=0)] = 0.05
+    min_rank: Annotated[float, Field(ge=0)] = 2.0
+    patience: Annotated[int, Field(ge=1)] = 3
+    stop: bool = False
+
+
+class CollapseWatch(Callback):
+    """Logs ``spread/<field>`` and ``rank/<field>`` of the batch's embeddings, and speaks up when they are gone."""
+
+    def __init__(self, config: CollapseConfig, root: Root) -> None:
+        self.config = config
+        self.root = root
+        self._bad: dict[str, int] = {}
+
+    def on_step_end(self, trainer: Trainer, step: int) -> None:
+        """Measure, log, judge.
+
+        Raises:
+            CollapseError: on every process, if the config says stop.
+        """
+        if step % self.config.every:
+            return
+        for field, embeddings in self.root.seen.items():
+            rows = world().gather(embeddings[: -(-_ROWS // world().size)].contiguous())
+            if len(rows) < 2:
+                continue
+            spread, rank = measure(rows)
+            trainer.metrics.add({f"spread/{field}": torch.tensor(spread), f"rank/{field}": torch.tensor(rank)}, 0)
+            if step > self.config.after:
+                self._judge(trainer, step, field, spread, rank)
+
+    def _judge(self, trainer: Trainer, step: int, field: str, spread: float, rank: float) -> None:
+        fine = spread >= self.config.min_spread and rank >= self.config.min_rank
+        self._bad[field] = 0 if fine else self._bad.get(field, 0) + 1
+        if self._bad[field] != self.config.patience:
+            return
+        message = (
+            f"step {step}: the embeddings of {field!r} have collapsed: spread {spread:.3g} (1 is a uniform sphere, at "
+            f"least {self.config.min_spread:g} is asked), effective rank {rank:.3g} (at least "
+            f"{self.config.min_rank:g}). Usual causes: too high a learning rate, a predictive objective without a "
+            "teacher or a variance term, targets with a gradient, a temperature that ran away, one caption for all"
+        )
+        if self.config.stop:
+            raise CollapseError(f"{message}. Last checkpoint: {trainer.last_checkpoint or 'none'}")
+        if trainer.is_main:
+            logger.warning("%s. The run goes on (collapse.stop: true would end it)", message)
+
+
+def measure(embeddings: Tensor) -> tuple[float, float]:
+    """Spread and effective rank of embeddings [n, D], n >= 2.
+
+    The spread is the mean over dimensions of the standard deviation of the unit vectors, times sqrt(D): 1 where they
+    are uniform on the sphere, 0 where they are one point (Chen and He 2021, arXiv:2011.10566, section 4.1). The
+    effective rank is exp(entropy) of the singular values after centring (arXiv:2210.02885).
+    """
+    unit = F.normalize(embeddings.float(), dim=1)
+    return float(unit.double().std(0).mean() * math.sqrt(unit.shape[1])), effective_rank(unit)
