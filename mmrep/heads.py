@@ -164,18 +164,20 @@ class Linear(Projector):
 
     @config
     class Config:
-        """bias: add a bias."""
+        """bias: add a bias. standardize: see `standardizer`."""
 
         bias: bool = False
+        standardize: bool = False
 
     def __init__(self, config: Config, width: int, dim: int) -> None:
         super().__init__()
         self.map = nn.Linear(width, dim, bias=config.bias)
         nn.init.normal_(self.map.weight, std=width**-0.5)
+        self.standardize = standardizer(config.standardize, dim)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, width] to [B, dim]."""
-        return self.map(features)
+        return self.standardize(self.map(features))
 
 
 class MLP(Projector):
@@ -183,11 +185,15 @@ class MLP(Projector):
 
     @config
     class Config:
-        """hidden: width between, 0 = twice ``dim``. dropout: probability. shortcut: add a linear map around."""
+        """hidden: width between, 0 = twice ``dim``. dropout: probability. shortcut: add a linear map around.
+
+        standardize: see `standardizer`.
+        """
 
         hidden: Annotated[int, Field(ge=0)] = 0
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
         shortcut: bool = False
+        standardize: bool = False
 
     def __init__(self, config: Config, width: int, dim: int) -> None:
         super().__init__()
@@ -200,11 +206,22 @@ class MLP(Projector):
             nn.Linear(hidden, dim),
         )
         self.shortcut = nn.Linear(width, dim, bias=False) if config.shortcut else None
+        self.standardize = standardizer(config.standardize, dim)
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, width] to [B, dim]."""
         out = self.layers(features)
-        return out if self.shortcut is None else out + self.shortcut(features)
+        return self.standardize(out if self.shortcut is None else out + self.shortcut(features))
+
+
+def standardizer(wanted: bool, dim: int) -> nn.Module:
+    """Batch normalisation of embeddings without gain and bias, or nothing.
+
+    Every dimension then has mean 0 and variance 1 over the samples, so that after normalisation to unit length the
+    embeddings lie around the origin rather than in a cone, and few of them are everybody's neighbour. In training it
+    takes the statistics of the process's own batch (at least two samples), later running ones.
+    """
+    return nn.BatchNorm1d(dim, affine=False) if wanted else nn.Identity()
 
 
 def _last(marked: Tensor) -> Tensor:

@@ -85,3 +85,16 @@ def test_identity_projector_refuses_another_width():
     assert component("projectors", "identity").build(3, 3)(x) is x
     with pytest.raises(ValueError, match=r"width \(4\) to equal model.dim \(3\)"):
         component("projectors", "identity").build(4, 3)
+
+
+@pytest.mark.parametrize("name", ["linear", "mlp"])
+def test_a_standardised_projection_is_centred_and_uses_every_dimension(name):
+    torch.manual_seed(0)
+    projector = component("projectors", name, standardize=True).build(6, 4)
+    features = torch.randn(64, 6) * 3 + 10
+    out = projector(features)
+    torch.testing.assert_close(out.mean(0), torch.zeros(4), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.std(0, correction=0), torch.ones(4), rtol=1e-3, atol=0)
+    for _ in range(200):
+        projector(features)
+    torch.testing.assert_close(projector.eval()(features), out, rtol=0.05, atol=0.05)

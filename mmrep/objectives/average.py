@@ -75,8 +75,12 @@ def _local(value: Tensor) -> Tensor:
 
 
 def _averaged(module: nn.Module) -> list[Tensor]:
-    """Trainable parameters, and the floating-point buffers of modules that hold one (batch norm's statistics)."""
+    """Trainable parameters, and the floating-point buffers of modules that hold one or that keep statistics."""
     parameters = [p for p in module.parameters() if p.requires_grad]
-    own = (part for part in module.modules() if any(p.requires_grad for p in part.parameters(recurse=False)))
+    own = (
+        part for part in module.modules()
+        if any(p.requires_grad for p in part.parameters(recurse=False))
+        or (isinstance(part, nn.modules.batchnorm._NormBase) and not part.affine)
+    )  # fmt: skip
     buffers = [b for part in own for b in part.buffers(recurse=False) if b.is_floating_point()]
     return [*parameters, *buffers]

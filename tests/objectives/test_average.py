@@ -78,3 +78,19 @@ def test_it_follows_a_module_whose_buffers_are_replaced():
     assert (average.average_5 if hasattr(average, "average_5") else average.average_4).abs().sum() > 0
     with average.applied():
         assert 0 < module[1].running_mean[0].item() < 8
+
+
+def test_statistics_of_a_norm_without_parameters_are_averaged_too():
+    """They belong to the weights before them: averaged weights with the last step's statistics fit badly."""
+    torch.manual_seed(0)
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4, affine=False))
+    average = WeightAverage(module, 0.9)
+    seen = [module[1].running_mean.clone()]
+    for _ in range(3):
+        module(torch.randn(8, 3) + 5)
+        average.update()
+        seen.append(module[1].running_mean.clone())
+    with average.applied():
+        assert not torch.allclose(module[1].running_mean, seen[-1])
+        assert module[1].running_mean.abs().sum() > 0
+    assert torch.equal(module[1].running_mean, seen[-1])
