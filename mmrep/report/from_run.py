@@ -98,9 +98,9 @@ def _temperatures(run: Run) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     for name in run.model.temperatures:
         temperature = cast(Any, run.model.temperatures[name])
-        found[name] = {"scale": float(temperature.scale)}
+        found[name] = {"scale": float(temperature.scale.detach())}
         if temperature.bias is not None:
-            found[name]["bias"] = float(temperature.bias)
+            found[name]["bias"] = float(temperature.bias.detach())
     return found
 
 

@@ -22,13 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_training  # beside this file
 import torch
-
-try:
-    from tests.bench import bench_training
-except ImportError:  # run as a script
-    sys.path.insert(0, str(Path(__file__).parents[2]))
-    from tests.bench import bench_training
 
 Step = Callable[[], None]
 CLIP, TEXT = ("clip plain", "clip in parts"), ("text plain", "text in parts", "ST plain", "ST cached")
@@ -163,6 +158,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--micro", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--table", choices=["clip", "text"], action="append")
     parser.add_argument("--measure")
     parser.add_argument("--folder")
     options = parser.parse_args()
@@ -174,7 +170,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _sentence_encoder(folder)
-        for table in (CLIP, TEXT):
+        wanted = options.table or ["clip", "text"]
+        for table in (t for t in (CLIP, TEXT) if t[0].split()[0] in wanted):
             steps = {name: build(name, folder, options.batch, options.micro) for name in table}
             times: dict[str, list[float]] = {name: [] for name in table}
             for _ in range(options.rounds):
