@@ -37,10 +37,9 @@ class CachedStep(Step):
 
     def __init__(self, model: Any, batch: Batch, *, passes: int, **options: Any) -> None:
         super().__init__(model, batch, **options)
-        own = batch.parts or [batch]
-        assert passes >= len(own), "the number of passes is the largest of all processes"
+        assert 1 <= len(batch.parts) <= passes, "the number of passes is the largest of all processes"
         self._options = options
-        self._parts = [*own, *[Batch(ids=[])] * (passes - len(own))]
+        self._parts = [*batch.parts, *[Batch(ids=[])] * (passes - len(batch.parts))]
         self._random: dict[Key, list[list[Tensor]]] = {}
 
     @property

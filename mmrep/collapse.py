@@ -9,7 +9,6 @@ import logging
 import math
 from typing import Annotated
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -65,7 +64,8 @@ class CollapseWatch(Callback):
             if len(rows) < 2:
                 continue
             spread, rank = measure(rows)
-            trainer.metrics.add({f"spread/{field}": torch.tensor(spread), f"rank/{field}": torch.tensor(rank)}, 0)
+            figures = {f"spread/{field}": rows.new_tensor(spread), f"rank/{field}": rows.new_tensor(rank)}
+            trainer.metrics.add(figures, 0)  # on the device, where the log adds up
             if step > self.config.after:
                 self._judge(trainer, step, field, spread, rank)
 
@@ -93,5 +93,5 @@ def measure(embeddings: Tensor) -> tuple[float, float]:
     are uniform on the sphere, 0 where they are one point (Chen and He 2021, arXiv:2011.10566, section 4.1). The
     effective rank is exp(entropy) of the singular values after centring (arXiv:2210.02885).
     """
-    unit = F.normalize(embeddings.float(), dim=1)
+    unit = F.normalize(embeddings.float().cpu(), dim=1)  # small, and not every device has doubles
     return float(unit.double().std(0).mean() * math.sqrt(unit.shape[1])), effective_rank(unit)

@@ -228,6 +228,22 @@ def test_what_is_not_cached_is_refused_with_the_ways_out(ask):
         forward_backward(root, Accelerator(cpu=True), in_parts([0, 4, 8]))
 
 
+def test_a_batch_that_fits_is_computed_once_and_one_without_parts_asks_nobody(monkeypatch):
+    passes = []
+    forward = Root.forward
+    monkeypatch.setattr(Root, "forward", lambda self, *a, **o: passes.append(o) or forward(self, *a, **o))
+    forward_backward(build(), Accelerator(cpu=True), in_parts([0, 4]))
+    monkeypatch.setattr("mmrep.training.cached._passes", None)  # which waits for the device and the other processes
+    forward_backward(build(), Accelerator(cpu=True), rows(0, 4))
+    assert passes == [{}, {}]
+
+
+def test_the_embeddings_that_are_watched_are_those_of_the_whole_batch():
+    root = mixed()
+    forward_backward(root, Accelerator(cpu=True), in_parts([0, 4, 8]))
+    assert {field: len(seen) for field, seen in root.seen.items()} == {"x": 8, "y": 8, "z": 8}
+
+
 def test_sample_scope_alone_needs_no_pass_over_the_whole():
     torch.manual_seed(0)
     model = build().model
@@ -256,8 +272,7 @@ def _ranks_gradients(loss, missing):
     wrapped = engine.prepare(root)
     edges = EDGES[2][engine.process_index]
     missing = [tuple(m) for m in missing]
-    make = in_parts if len(edges) > 2 else rows
-    batch = make(*([edges] if len(edges) > 2 else edges), missing, torch.float64)
+    batch = in_parts(edges, missing, torch.float64)
     forward_backward(wrapped, engine, batch)
     return {name: p.grad.flatten().tolist() for name, p in root.named_parameters()}
 

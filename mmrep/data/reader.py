@@ -133,14 +133,14 @@ class Reader:
 
         Args:
             items: what was read.
-            micro_batch: collate the fields in parts of at most so many samples, of nearly equal size; None, or a batch
-                that is no larger: all at once.
+            micro_batch: collate the fields in parts of at most so many samples, of nearly equal size; there is always
+                a part, so that all processes see alike whether batches come in parts. None: all at once.
         """
         good = [item for item in items if isinstance(item, Item)]
         batch = self._frame(good, [item for item in items if isinstance(item, Quarantined)])
-        count = 1 if micro_batch is None else -(-len(good) // micro_batch)
-        if count <= 1:
+        if micro_batch is None:
             return self._fill(batch, good)
+        count = max(1, -(-len(good) // micro_batch))
         edges = [len(good) * k // count for k in range(count + 1)]
         for start, stop in pairwise(edges):
             batch.parts.append(self._fill(self._frame(good[start:stop], []), good[start:stop]))

@@ -92,10 +92,13 @@ class Root(nn.Module):
         if replay is not None:
             return self._replay(replay, scale)
         if passes is None:
-            return self._report(Step(self.model, batch, **options), self._of_scope("batch", "sample"))
-        self._cached = step = CachedStep(self.model, batch, passes=passes, **options)
-        self._shares = self._shares_of_parts(step)
-        return self._report(step, self._of_scope("batch"))
+            step, scopes = Step(self.model, batch, **options), ("batch", "sample")
+        else:
+            self._cached = step = CachedStep(self.model, batch, passes=passes, **options)
+            self._shares, scopes = self._shares_of_parts(step), ("batch",)
+        report = self._report(step, self._of_scope(*scopes))
+        self.seen = step.computed()
+        return report
 
     def _report(self, step: Step, objectives: Mapping[str, Objective]) -> dict[str, Tensor]:
         report: dict[str, Tensor] = {}
@@ -106,7 +109,6 @@ class Root(nn.Module):
             total = total + weighted
             report[f"{name}/loss"] = weighted.detach()
             report.update({f"{name}/{part}": value.detach() for part, value in out.items()})
-        self.seen = step.computed()
         return {"loss": total, **report}
 
     def _replay(self, number: int, scale: float) -> dict[str, Tensor]:
@@ -120,6 +122,7 @@ class Root(nn.Module):
             surrogate = surrogate + share * part["loss"]
             for key, value in part.items():
                 report[key] = report[key] + share * value.detach() if key in report else share * value.detach()
+        self.seen = self.seen or step.computed()  # of no objective over the whole batch: those of one part
         if number == cached.passes - 1:  # what has its gradient already still takes part in this reduction
             surrogate = surrogate + idle(self)
             self._cached = None

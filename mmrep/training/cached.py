@@ -19,14 +19,14 @@ def forward_backward(root: Any, engine: Accelerator, batch: Batch) -> dict[str, 
     Args:
         root: the root module as the engine wrapped it.
         engine: the engine.
-        batch: on the device, with or without parts.
+        batch: on the device, with parts on all processes or on none.
 
     Returns:
         What the root reports, detached: ``loss`` and its parts.
     """
-    passes = _passes(engine, batch)
-    if passes == 0:
-        report: dict[str, Tensor] = root(batch)
+    passes = _passes(engine, batch) if batch.parts else 0
+    if passes <= 1:  # one part is the whole
+        report: dict[str, Tensor] = root(batch.parts[0] if passes else batch)
         engine.backward(report["loss"])
         return {name: value.detach() for name, value in report.items()}
     with engine.no_sync(root):

@@ -184,4 +184,5 @@ def test_a_large_batch_comes_in_parts_of_nearly_equal_size_and_the_whole_keeps_w
         assert torch.equal(parted.present[field], present)
         assert torch.equal(torch.cat([part.present[field] for part in parted.parts]), present)
     assert [k for part in parted.parts for k in part.keys.get("caption", [])] == whole.keys["caption"]
-    assert reader.collate(items, micro_batch=5).parts == []
+    assert [part.ids for part in reader.collate(items, micro_batch=5).parts] == [whole.ids]
+    assert [part.ids for part in reader.collate([], micro_batch=5).parts] == [[]]
