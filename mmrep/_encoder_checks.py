@@ -120,6 +120,29 @@ def bad_sample(s: Subject) -> None:
 
 
 @torch.no_grad()
+def odd_input(s: Subject) -> None:
+    """An odd raw value is a bad sample, or it is read: to finite tokens, and without a trace in the rest of its batch."""
+    usual = s.items()
+    before = s.encoder(s.encoder.collate(usual))
+    for name, raw in s.encoder.oddities(s.seed).items():
+        try:
+            item = s.encoder.prepare(raw)
+        except BadSampleError as error:
+            assert error.cause, f"{name}: BadSampleError without a cause"
+            continue
+        except Exception as error:
+            raise AssertionError(f"{name}: {type(error).__name__}, not BadSampleError: {error}") from error
+        out = s.encoder(s.encoder.collate([*usual, item]))
+        grid = out.tokens.grid
+        assert bool(grid.valid[-1].any()), f"{name}: read, but to no valid token; refuse it in prepare"
+        values = [out.tokens.values[-1][grid.valid[-1]], *([] if out.pooled is None else [out.pooled[-1]])]
+        assert all(bool(v.isfinite().all()) for v in values), f"{name}: tokens are not finite"
+        for i in range(s.n):
+            there, here = out.tokens.values[i][grid.valid[i]], before.tokens.values[i][before.tokens.grid.valid[i]]
+            s.close(there, here, f"{name}: example {i} in its company")
+
+
+@torch.no_grad()
 def forward(s: Subject) -> None:
     """Tokens are finite float32 [B, N, width]; pooled is [B, pooled_width] (or width); forward is encode(tokenize)."""
     out = s.encoder(s.inputs())
@@ -344,6 +367,7 @@ ENCODER_CHECKS: dict[str, Callable[[Subject], None]] = {
         examples,
         prepare_collate,
         bad_sample,
+        odd_input,
         forward,
         grid,
         batch_invariance,

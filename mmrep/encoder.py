@@ -81,6 +81,15 @@ class Encoder(nn.Module):
         """Make ``n`` raw sample inputs, the same for the same ``seed`` on every machine."""
         raise NotImplementedError
 
+    def oddities(self, seed: int) -> dict[str, Any]:
+        """Raw values at and past the edge of what the modality may be, by what is odd about them.
+
+        Zero-length audio, a cloud of one point, a graph with a dangling edge, a wrong dtype: each must either be read,
+        to finite tokens that do not disturb the rest of the batch, or be refused by `BadSampleError`; the contract
+        checks try them all. The default knows none.
+        """
+        return {}
+
     def prepare(self, raw: Any, *, view: View | None = None, seed: int = 0) -> Inputs:
         """Read one raw value into per-sample tensors, without a batch axis. Runs in loader workers.
 
@@ -95,7 +104,11 @@ class Encoder(nn.Module):
         raise NotImplementedError
 
     def collate(self, items: Sequence[Inputs]) -> Inputs:
-        """Stack prepared items into one batch; padding is the encoder's affair. The default stacks equal shapes."""
+        """Stack prepared items into one batch; padding is the encoder's affair. The default stacks equal shapes.
+
+        Every tensor of the result has the batch first (a graph's edges are int64 [B, E, 2], -1 where there is none), so
+        that a batch can be cut into parts.
+        """
         return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
     def length(self, item: Inputs) -> int:

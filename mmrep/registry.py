@@ -164,6 +164,8 @@ encoders = Registry("mmrep.encoders", "encoder")
 pools = Registry("mmrep.pools", "pool")
 projectors = Registry("mmrep.projectors", "projector")
 losses = Registry("mmrep.losses", "loss")
+tuple_losses = Registry("mmrep.tuple_losses", "tuple loss")
+fusions = Registry("mmrep.fusions", "fusion")
 objectives = Registry("mmrep.objectives", "objective")
 views = Registry("mmrep.views", "view")
 sources = Registry("mmrep.sources", "data source")
@@ -171,5 +173,16 @@ evaluations = Registry("mmrep.evaluations", "evaluation")
 
 REGISTRIES: dict[str, Registry] = {
     registry.group.removeprefix("mmrep."): registry
-    for registry in (encoders, pools, projectors, losses, objectives, views, sources, evaluations)
+    for registry in (
+        encoders,
+        pools,
+        projectors,
+        fusions,
+        losses,
+        tuple_losses,
+        objectives,
+        views,
+        sources,
+        evaluations,
+    )
 }

@@ -7,23 +7,16 @@ anything is decoded, and an error a run can count and survive.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
 import logging
-import os
 import struct
 import zlib
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from mmrep.data.raw import is_location, raw_stream, unwrap
 from mmrep.encoder import BadSampleError
 
 logger = logging.getLogger(__name__)
@@ -74,8 +67,7 @@ def decode(
             image``, ``too many pixels``, ``truncated image``, ``damaged image``, ``empty image``, ``not finite``,
             ``value range``, ``unsupported pixels``.
     """
-    if isinstance(raw, Mapping):
-        raw = raw["bytes"] if raw.get("bytes") is not None else raw.get("path")
+    raw = unwrap(raw)
     if isinstance(raw, torch.Tensor):
         raw = raw.detach().cpu()
         raw = raw.float() if raw.dtype == torch.bfloat16 else raw
@@ -84,42 +76,12 @@ def decode(
         image = _from_array(raw, max_pixels)
     elif isinstance(raw, Image.Image):
         image = _load(raw, max_pixels, None)
-    elif isinstance(raw, (str, os.PathLike)):
-        image = _from_location(os.fspath(raw), max_pixels, at_least)
-    elif isinstance(raw, (bytes, bytearray, memoryview)):
-        image = _from_stream(io.BytesIO(raw), max_pixels, at_least)
-    elif hasattr(raw, "read"):
-        image = _from_stream(raw, max_pixels, at_least)
+    elif is_location(raw):
+        with raw_stream(raw, "an image") as stream:
+            image = _from_stream(stream, max_pixels, at_least)
     else:
-        raise BadSampleError("not an image", f"a value of type {type(raw).__name__}")
+        image = _from_stream(raw_stream(raw, "an image"), max_pixels, at_least)
     return _flatten(image, background).convert(mode)
-
-
-def _from_location(location: str | bytes, max_pixels: int, at_least: int | None) -> Image.Image:
-    text = os.fsdecode(location)
-    scheme = urlsplit(text).scheme if "://" in text or text.startswith("data:") else ""
-    if scheme == "data":
-        return _from_stream(io.BytesIO(_data_url(text)), max_pixels, at_least)
-    if scheme == "file":
-        text = url2pathname(urlsplit(text).path)
-    elif scheme:
-        raise BadSampleError("url", f"{text[:200]!r} is remote; download it first and give the path")
-    try:
-        stream = Path(text).open("rb")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise BadSampleError("missing file", text[:200]) from error
-    except (OSError, ValueError) as error:  # a folder, no permission, a name with a null byte, a name too long
-        raise BadSampleError("unreadable file", f"{text[:200]!r}: {error}") from error
-    with stream:
-        return _from_stream(stream, max_pixels, at_least)
-
-
-def _data_url(text: str) -> bytes:
-    head, _, body = text.partition(",")
-    try:
-        return base64.b64decode(body, validate=True) if head.endswith(";base64") else unquote_to_bytes(body)
-    except (binascii.Error, ValueError) as error:
-        raise BadSampleError("url", f"a data: URL whose base64 is broken ({error})") from error
 
 
 def _from_stream(stream: Any, max_pixels: int, at_least: int | None) -> Image.Image:

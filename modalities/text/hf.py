@@ -12,8 +12,9 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrep.config import config
+from mmrep.hub.pretrained import locate
 from mmrep.modalities.text._base import TextEncoder, grid, last_special, no_rows, one_blank
-from mmrep.modalities.text._hf_load import FULL_LENGTH, load, locate, max_length, rebuild, without_pooler
+from mmrep.modalities.text._hf_load import FULL_LENGTH, load, max_length, rebuild, without_pooler
 from mmrep.tokens import Encoding, Grid, Inputs, Tokens
 
 

