@@ -121,7 +121,7 @@ def bad_sample(s: Subject) -> None:
 
 @torch.no_grad()
 def odd_input(s: Subject) -> None:
-    """An odd raw value is a bad sample, or it is read: to finite tokens, and without a trace in the rest of its batch."""
+    """An odd raw value is a bad sample, or is read: to finite tokens, and without a trace in the rest of its batch."""
     usual = s.items()
     before = s.encoder(s.encoder.collate(usual))
     for name, raw in s.encoder.oddities(s.seed).items():

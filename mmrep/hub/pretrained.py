@@ -86,8 +86,8 @@ def load_pretrained(
             )
     except OSError as error:
         raise ValueError(
-            f"path {source!r} cannot be loaded as a Hugging Face {noun} model with safetensors weights (pickled weights "
-            f"can run any program, so they are never read): {error}"
+            f"path {source!r} cannot be loaded as a Hugging Face {noun} model with safetensors weights (pickled "
+            f"weights can run any program, so they are never read): {error}"
         ) from error
     missing = {key for key in report["missing_keys"] if not key.startswith(ignore)}
     bad = sorted(key for key in missing if not key.startswith(may_lack))
