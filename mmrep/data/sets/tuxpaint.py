@@ -22,11 +22,12 @@ from pydantic import Field
 
 from mmrep.config import ConfigError, config
 from mmrep.data.sample import stable_hash
+from mmrep.data.sets._options import wrong_names
 from mmrep.data.sets._packages import debian_version, find, python_version, sizes
 from mmrep.data.sets._rows import RowSource
 from mmrep.data.sets._split import SplitConfig, part_of
 from mmrep.encoder import BadSampleError
-from mmrep.registry import near, require
+from mmrep.registry import require
 
 PACKAGE = "tuxpaint-stamps-default"
 ROOT = "/usr/share/tuxpaint/stamps"
@@ -197,18 +198,7 @@ def _check(config: TuxpaintConfig, stamps: list[dict[str, Any]]) -> None:
             for depth in range(len(parts))
         },
     }  # fmt: skip
-    problems = [
-        f"{key}: {'no folder' if key == 'exclude' else 'nothing in'} {value!r}{near(value, known[key]) or '.'} "
-        f"There are: {', '.join(sorted(known[key]))}"
-        for key in known
-        for value in getattr(config, key)
-        if value not in known[key]
-    ]
-    twice = [
-        f"{key}: {value!r} is named twice"
-        for key in ("languages", "speech_languages")
-        for value in sorted(set(getattr(config, key)))
-        if getattr(config, key).count(value) > 1
-    ]
-    if problems or twice:
-        raise ConfigError(problems + twice)
+    nouns = {"languages": "name in", "speech_languages": "speech in", "exclude": "folder"}
+    problems = [line for key in known for line in wrong_names(key, getattr(config, key), known[key], nouns[key])]
+    if problems:
+        raise ConfigError(problems)
