@@ -7,10 +7,10 @@ of the library is named (``quickstart``); one's own is a path (``./mine.yaml``).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
@@ -140,18 +140,18 @@ class Recipe:
             raise ConfigError(problems)
 
 
-def read_recipe(name: str, overrides: Sequence[str] = (), *, smoke: bool = False) -> Recipe:
+def read_recipe(name: str | Mapping[str, Any], overrides: Sequence[str] = (), *, smoke: bool = False) -> Recipe:
     """Read a recipe by name or path, lay overrides over it and validate it.
 
     Args:
-        name: name of one of the library's recipes, or path of a YAML file or of a run folder.
+        name: name of one of the library's recipes, path of a YAML file or of a run folder, or the plain data itself.
         overrides: ``a.b=value`` from the command line.
         smoke: cut steps and batch so that the recipe only shows that it runs.
 
     Raises:
         ConfigError: every problem found, with its path.
     """
-    data = resolve(name)
+    data = resolve(name) if isinstance(name, str) else dict(name)
     if smoke:
         data = merge(data, SMOKE)
     for assignment in overrides:
@@ -161,8 +161,10 @@ def read_recipe(name: str, overrides: Sequence[str] = (), *, smoke: bool = False
     return parse(Recipe, data)
 
 
-def _is_resolved(name: str) -> bool:
+def _is_resolved(name: str | Mapping[str, Any]) -> bool:
     """Whether this is the config of a run, which has everything and must not need the model that it started from."""
+    if not isinstance(name, str):
+        return False
     path = Path(name)
     return (path.is_dir() and (path / "config.yaml").is_file()) or path.name == "config.yaml"
 

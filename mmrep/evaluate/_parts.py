@@ -87,7 +87,7 @@ def _fuse(model: Model, part: Part) -> None:
         embeddings = {m: torch.from_numpy(part.embeddings[m]).to(model.device) for m in members}
         present = {m: torch.from_numpy(part.present[m]).to(model.device) for m in members}
         part.embeddings[name] = model.fuse(name, embeddings, present).cpu().numpy()
-        part.present[name] = np.stack([part.present[m] for m in members]).any(0)
+        part.present[name] = np.logical_or.reduce([part.present[m] for m in members])
     model.train(was_training)
 
 
