@@ -82,6 +82,15 @@ def test_the_gate_is_the_softmax_of_its_scores_over_what_is_present():
         torch.testing.assert_close(out[i], (scores.softmax(0)[:, None] * rows).sum(0))
 
 
+def test_an_absent_member_takes_no_weight_however_high_its_bias():
+    built, given = fusion("gated").float(), values().float()
+    with torch.no_grad():
+        built.bias.copy_(torch.tensor([0.0, 500.0, 0.0]))
+    out = built(given, PRESENT)
+    torch.testing.assert_close(out[2], given[2, 1])
+    assert out[1].norm() > 0.1  # of this sample the second member is missing
+
+
 def test_the_transformer_tells_members_apart_and_reads_no_absent_one():
     built, given = fusion("transformer"), values()
     every = torch.ones(4, 3, dtype=torch.bool)
