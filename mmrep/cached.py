@@ -52,7 +52,9 @@ class CachedStep(Step):
         return Step(self.model, self._parts[number], **self._options)
 
     def embedding(self, field: str, view: int = 0) -> Tensor:
-        """See `Step.embedding`: a leaf, in whose gradient that of the loss is collected."""
+        """See `Step.embedding`: a leaf, in whose gradient that of the loss is collected; a fusion is one of leaves."""
+        if field in self.model.fusions:
+            return self._fuse(field)
         key = (field, view)
         if key not in self._embeddings:
             tower, states, chunks = self.tower(field), [], []

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mmrep._cli_errors import is_for_people, message
+
 if TYPE_CHECKING:
     from mmrep.results import Results
+    from mmrep.run import Run
 
 app = typer.Typer(
     name="mmrep", help="Any kind of data in one embedding space.", no_args_is_help=True, add_completion=False,
@@ -43,7 +45,6 @@ def train(
     """Train a recipe, then evaluate it. Under torchrun or accelerate launch, on several processes."""
     from mmrep.recipe import read_recipe
     from mmrep.run import Run
-    from mmrep.training.engine import end_processes
 
     changes = [*(overrides or ()), *(["train.deterministic=true"] if deterministic else [])]
     resolved = read_recipe(recipe, changes, smoke=smoke)
@@ -54,11 +55,43 @@ def train(
         return
     folder = out or _default_folder(recipe, smoke)
     run = Run(resolved, folder, smoke=smoke)
-    results = run.train(resume=resume, command=f"mmrep train {recipe} {' '.join(overrides or ())}".strip())
+    _train(run, folder, resume, f"mmrep train {recipe} {' '.join(overrides or ())}".strip())
+
+
+def _train(run: Run, folder: Path, resume: bool, command: str) -> None:
+    from mmrep.training.engine import end_processes
+
+    results = run.train(resume=resume, command=command)
     end_processes()
     if results:
         _show(results)
         typer.echo(f"\nRun: {folder}    Next: mmrep report {folder}    mmrep index {folder}    mmrep search {folder} …")
+
+
+@app.command()
+def bind(
+    model: Annotated[str, typer.Argument(help="Saved model: a folder, a run folder or a hub id.")],
+    add: Annotated[str, typer.Option(help="The new modality, as MODALITY or COLUMN=MODALITY.")],
+    data: Annotated[str, typer.Option(help="A table, a YAML file of a source or data section, or a recipe.")],
+    through: Annotated[
+        list[str], typer.Option(help="Tower that it is bound through, or COLUMN=TOWER; may be repeated.")
+    ],
+    overrides: Overrides = None,
+    encoder: Annotated[str | None, typer.Option(help="Encoder of the new tower; default: by its modality.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default runs/bind-<modality>.")] = None,
+    features: Annotated[Path, typer.Option(help="Where features of the old towers are kept.")] = Path("runs/features"),
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest whole checkpoint.")] = False,
+    smoke: Annotated[bool, typer.Option("--smoke", help="A few steps on a few samples, to see that it runs.")] = False,
+) -> None:
+    """Add a modality to a saved model's space; its old towers stay as they are, to the last bit."""
+    from mmrep.bind import bind_recipe
+    from mmrep.recipe import read_recipe
+    from mmrep.run import Run
+
+    made = bind_recipe(model, add=add, data=data, through=through, encoder=encoder, features=str(features))
+    resolved = read_recipe(made, overrides or (), smoke=smoke)
+    folder = out or _default_folder(f"bind-{add.rpartition('=')[2]}", smoke)
+    _train(Run(resolved, folder, smoke=smoke), folder, resume, f"mmrep bind {model} --add {add} --data {data}")
 
 
 @app.command()
@@ -242,31 +275,10 @@ def main() -> None:
         typer.echo("stopped; continue with --resume", err=True)
         sys.exit(130)
     except Exception as error:
-        if not _is_for_people(error):
+        if not is_for_people(error):
             raise
-        typer.echo(f"error: {_message(error)}", err=True)
+        typer.echo(f"error: {message(error)}", err=True)
         sys.exit(2)
-
-
-def _is_for_people(error: Exception) -> bool:
-    """Whether the message alone helps the user; a traceback is kept for everything unexpected."""
-    modules = (
-        "mmrep.config",
-        "mmrep.registry",
-        "mmrep.encoder",
-        "mmrep.hub",
-        "mmrep.training.errors",
-        "mmrep.embed",
-        "mmrep.data",
-    )
-    return type(error).__module__.startswith(modules) or hasattr(
-        error, "format_message"
-    )  # the latter: of the shell itself
-
-
-def _message(error: Exception) -> str:
-    describe: Callable[[], str] | None = getattr(error, "format_message", None)
-    return describe() if describe is not None else str(error)
 
 
 def _default_folder(recipe: str, smoke: bool) -> Path:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from mmrep.config import Component, ConfigError, Of, component, config
 from mmrep.encoder import Encoder
+from mmrep.fusions import Fusion
 from mmrep.registry import UnknownNameError, near
 from mmrep.tokens import Encoding, Inputs
 
@@ -27,13 +28,25 @@ if TYPE_CHECKING:
 class TowerConfig:
     """Encoder → pool → projector.
 
-    frozen: the encoder and the pool get no gradient and stay in eval mode; the projector still trains.
+    frozen: what gets no gradient and stays in eval mode. True: the encoder and the pool, while the projector trains;
+    ``"tower"``: the projector too, so that the embeddings stay what they are to the last bit.
     """
 
     encoder: Annotated[Component, Of("encoders")]
     pool: Annotated[Component, Of("pools")] = field(default_factory=lambda: component("pools", "mean"))
     projector: Annotated[Component, Of("projectors")] = field(default_factory=lambda: component("projectors", "linear"))
-    frozen: bool = False
+    frozen: bool | Literal["tower"] = False
+
+
+@config
+class FusionConfig:
+    """One embedding of several members, of whatever is present of a sample.
+
+    of: tower by member; in training a member is the field of that name. by: how they are fused.
+    """
+
+    of: Annotated[dict[str, str], Field(min_length=1)]
+    by: Annotated[Component, Of("fusions")] = field(default_factory=lambda: component("fusions", "mean"))
 
 
 @config
@@ -56,17 +69,30 @@ class TemperatureConfig:
 class ModelConfig:
     """dim: size of the common space. towers: by name; the name is usually the modality.
 
-    normalize: embeddings have unit length. temperatures: by name; objectives refer to them.
+    normalize: embeddings have unit length. temperatures: by name; objectives refer to them. fusions: by name; in
+    objectives and evaluations such a name stands where a field does.
     """
 
     dim: Annotated[int, Field(ge=1)]
     towers: dict[str, TowerConfig]
     normalize: bool = True
     temperatures: dict[str, TemperatureConfig] = field(default_factory=lambda: {"default": TemperatureConfig()})
+    fusions: dict[str, FusionConfig] = field(default_factory=dict[str, FusionConfig])
 
     def __post_init__(self) -> None:
         if not self.towers:
             raise ValueError("a model needs at least one tower")
+        modalities = [getattr(tower.encoder.cls, "modality", None) for tower in self.towers.values()]
+        problems = [f"model.fusions.{name}: a tower has this name" for name in self.fusions if name in self.towers]
+        for name, fusion in self.fusions.items():
+            for member, tower in fusion.of.items():
+                if tower not in self.towers and modalities.count(tower) != 1:
+                    hint = near(tower, self.towers)
+                    problems.append(
+                        f"model.fusions.{name}.of.{member}: no tower {tower!r}{hint} Towers: {', '.join(self.towers)}"
+                    )
+        if problems:
+            raise ConfigError(problems)
 
 
 class Temperature(nn.Module):
@@ -127,8 +153,8 @@ class Tower(nn.Module):
         self.pool = config.pool.build(width)
         self.projector = config.projector.build(width, dim)
         if config.frozen:
-            self.encoder.requires_grad_(False)
-            self.pool.requires_grad_(False)
+            for part in self._frozen_parts():
+                part.requires_grad_(False)
             self.train(self.training)
 
     @property
@@ -139,10 +165,14 @@ class Tower(nn.Module):
     def train(self, mode: bool = True) -> Tower:
         """Switch training mode; frozen parts stay in eval mode, so that their dropout and statistics rest."""
         super().train(mode)
-        if self.config.frozen:
-            self.encoder.eval()
-            self.pool.eval()
+        for part in self._frozen_parts():
+            part.eval()
         return self
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        if not self.config.frozen:
+            return []
+        return [self.encoder, self.pool, *([self.projector] if self.config.frozen == "tower" else [])]
 
     def encoding(self, inputs: Inputs, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """The encoder's tokens."""
@@ -187,6 +217,13 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
                 raise ConfigError([f"model.towers.{name}: {error}"]) from error
         self.towers = nn.ModuleDict(towers)
         self.temperatures = nn.ModuleDict({n: Temperature(t) for n, t in config.temperatures.items()})
+        fusions: dict[str, Fusion] = {}
+        for name, fusion in config.fusions.items():
+            try:
+                fusions[name] = fusion.by.build(config.dim, tuple(fusion.of))
+            except ValueError as error:
+                raise ConfigError([f"model.fusions.{name}: {error}"]) from error
+        self.fusions = nn.ModuleDict(fusions)
 
     @property
     def dim(self) -> int:
@@ -228,6 +265,40 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         """The temperature called ``name``."""
         return cast(Temperature, self.temperatures[name])
 
+    def fuse(self, name: str, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor:
+        """One embedding a sample by the fusion called ``name``.
+
+        Args:
+            name: of one of ``config.fusions``.
+            embeddings: by member, [B, dim]; a member that is left out is present nowhere.
+            present: by member, bool [B]; None = everywhere.
+
+        Returns:
+            [B, dim], of unit length if the model normalises; zeros where nothing is present.
+
+        Raises:
+            UnknownNameError: no such fusion.
+            ValueError: a name that is no member, or none at all.
+        """
+        if name not in self.fusions:
+            known = ", ".join(self.fusions) or "none"
+            raise UnknownNameError(f"this model has no fusion {name!r}{near(name, self.fusions)} It has: {known}")
+        fusion = cast(Fusion, self.fusions[name])
+        for member in embeddings:
+            if member not in fusion.members:
+                members = ", ".join(fusion.members)
+                hint = near(member, fusion.members)
+                raise ValueError(f"fusion {name!r} has no member {member!r}{hint} It has: {members}")
+        if not embeddings:
+            raise ValueError(f"fusion {name!r} needs the embeddings of one of {', '.join(fusion.members)} at least")
+        some = next(iter(embeddings.values()))
+        nothing, everywhere = torch.zeros_like(some), torch.ones(len(some), dtype=torch.bool, device=some.device)
+        values = torch.stack([embeddings.get(member, nothing) for member in fusion.members], 1)
+        given = {member: everywhere if present is None else present[member] for member in embeddings}
+        out = fusion(values, torch.stack([given.get(member, ~everywhere) for member in fusion.members], 1))
+        out = out if out.dtype == torch.float64 else out.float()
+        return F.normalize(out, dim=-1) if self.config.normalize else out
+
     def encode(self, inputs: Raw, modality: str | None = None, **options: Any) -> Embeddings:
         """Embed raw values. See `mmrep.embed.encode.encode` for every option; the names are sentence-transformers'.
 
@@ -235,13 +306,20 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
             inputs: one raw value, a list of them, or ``{"image": [...], "text": [...]}``.
             modality: tower name or modality of a value or list. May be left out only if the model has one tower.
             **options: ``batch_size, show_progress_bar, normalize_embeddings, precision, truncate_dim, device,
-                convert_to_tensor``.
+                convert_to_tensor``. And ``fusion``, the name of one of the model's: the lists of a dict are then the
+                members of whole samples, None where one is missing, see `mmrep.embed.fused.encode_fused`.
 
         Returns:
-            numpy float32 [n, dim] in the caller's order; [dim] for one value; a dict for a dict.
+            numpy float32 [n, dim] in the caller's order; [dim] for one value; a dict for a dict, but one array of
+            fused embeddings for a ``fusion``.
         """
+        if options.get("fusion") is not None:
+            from mmrep.embed.fused import encode_fused
+
+            return encode_fused(self, inputs, **options)
         from mmrep.embed.encode import encode
 
+        options.pop("fusion", None)
         return encode(self, inputs, modality, **options)
 
     def similarity(self, a: Any, b: Any) -> Tensor:

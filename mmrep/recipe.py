@@ -7,10 +7,10 @@ of the library is named (``quickstart``); one's own is a path (``./mine.yaml``).
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import Field
@@ -18,6 +18,7 @@ from pydantic import Field
 from mmrep._recipe_files import recipe_names, recipe_text, resolve
 from mmrep.collapse import CollapseConfig
 from mmrep.config import Component, ConfigError, Of, config, dump, merge, override, parse
+from mmrep.hub.start import saved_config
 from mmrep.model import ModelConfig
 from mmrep.registry import near
 from mmrep.training.optim import OptimConfig
@@ -42,6 +43,10 @@ class DataConfig:
     field has a similar length, so that little is padded. lengths: column that holds these lengths; null = measure them
     when the run starts. max_tokens: with bucket_by, samples times longest of a batch at most; ``train.batch_size`` is
     then the most samples.
+
+    drop: by field, the probability that a training sample's value is treated as missing (modality dropout); something
+    of each sample always stays. features: a folder in which the features of frozen towers are kept from run to run,
+    by encoder, preprocessing and content; null = in memory only.
     """
 
     train: Annotated[Component, Of("sources")]
@@ -54,6 +59,8 @@ class DataConfig:
     bucket_by: str | None = None
     lengths: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
+    drop: dict[str, Annotated[float, Field(ge=0, lt=1)]] = field(default_factory=dict[str, float])
+    features: str | None = None
 
     def __post_init__(self) -> None:
         problems = [
@@ -64,6 +71,10 @@ class DataConfig:
         if self.bucket_by is not None and self.bucket_by not in self.fields:
             hint = near(self.bucket_by, self.fields)
             problems.append(f"data.bucket_by: unknown field {self.bucket_by!r}{hint} Fields: {', '.join(self.fields)}")
+        for name in self.drop:
+            if name not in self.fields:
+                hint = near(name, self.fields)
+                problems.append(f"data.drop.{name}: unknown field{hint or '.'} Fields: {', '.join(self.fields)}")
         if problems:
             raise ConfigError(problems)
 
@@ -74,7 +85,9 @@ class Recipe:
 
     about: one line on what it is. evaluations: what is measured at the end, by name. monitor: which of them also run
     every ``train.eval_every`` steps; they should read validation data, never the test. average: decay of a moving
-    average of the weights, which is then what is evaluated and saved.
+    average of the weights, which is then what is evaluated and saved. start: a saved model (folder or hub id) to begin
+    from: towers, temperatures and fusions of its names begin with its weights, and what ``model`` does not say of them
+    is taken from it, so that ``model`` need only name what is new or differs.
     """
 
     data: DataConfig
@@ -86,6 +99,7 @@ class Recipe:
     monitor: list[str] = field(default_factory=list)
     average: Annotated[float, Field(gt=0, lt=1)] | None = None
     collapse: CollapseConfig | None = field(default_factory=CollapseConfig)
+    start: str | None = None
     about: str = ""
 
     def __post_init__(self) -> None:
@@ -99,6 +113,10 @@ class Recipe:
                 problems.append(
                     f"data.fields.{column}: no tower {name!r}{near(name, towers)} Towers: {', '.join(towers)}"
                 )
+        problems += [
+            f"model.fusions.{name}: a field of data.fields has this name" for name in self.model.fusions
+            if name in self.data.fields
+        ]  # fmt: skip
         for column in self.data.views:
             if column not in self.data.fields:
                 problems.append(
@@ -122,23 +140,33 @@ class Recipe:
             raise ConfigError(problems)
 
 
-def read_recipe(name: str, overrides: Sequence[str] = (), *, smoke: bool = False) -> Recipe:
+def read_recipe(name: str | Mapping[str, Any], overrides: Sequence[str] = (), *, smoke: bool = False) -> Recipe:
     """Read a recipe by name or path, lay overrides over it and validate it.
 
     Args:
-        name: name of one of the library's recipes, or path of a YAML file or of a run folder.
+        name: name of one of the library's recipes, path of a YAML file or of a run folder, or the plain data itself.
         overrides: ``a.b=value`` from the command line.
         smoke: cut steps and batch so that the recipe only shows that it runs.
 
     Raises:
         ConfigError: every problem found, with its path.
     """
-    data = resolve(name)
+    data = resolve(name) if isinstance(name, str) else dict(name)
     if smoke:
         data = merge(data, SMOKE)
     for assignment in overrides:
         data = override(data, assignment)
+    if data.get("start") is not None and not _is_resolved(name):
+        data = {**data, "model": merge(saved_config(str(data["start"])), data.get("model", {}))}
     return parse(Recipe, data)
+
+
+def _is_resolved(name: str | Mapping[str, Any]) -> bool:
+    """Whether this is the config of a run, which has everything and must not need the model that it started from."""
+    if not isinstance(name, str):
+        return False
+    path = Path(name)
+    return (path.is_dir() and (path / "config.yaml").is_file()) or path.name == "config.yaml"
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:

@@ -34,6 +34,7 @@ from mmrep.evaluate._errands import Errands
 from mmrep.evaluate.encoded import EncodedSet, encode_source, encode_together
 from mmrep.evaluate.evaluation import Bench, Row
 from mmrep.hub.folder import load
+from mmrep.hub.start import Start
 from mmrep.model import Model
 from mmrep.monitor import Monitor
 from mmrep.objectives.root import Root
@@ -91,9 +92,17 @@ class Run:
 
     def untrained(self) -> Model:
         """The model as it is before training: the same seed gives the same weights."""
-        files = self._fitted
+        start = self._start
+        files = {**self._fitted, **({} if start is None else start.files())}
         with _seeded(self.recipe.train.seed):
-            return Model(self.recipe.model, files=files)
+            model = Model(self.recipe.model, files=files)
+        if start is not None:
+            start.fill(model)
+        return model
+
+    @cached_property
+    def _start(self) -> Start | None:
+        return None if self.recipe.start is None else Start(self.recipe.start, self.recipe.model)
 
     def encoded(self, name: str) -> EncodedSet:
         """A held-out source, embedded by the model."""
@@ -155,8 +164,8 @@ class Run:
 
     def _train(self, resume: bool, command: str) -> Results:
         assert self.folder is not None
-        recipe = self.recipe
-        here = world()
+        recipe, here = self.recipe, world()
+        _ = self._start  # what it refuses is refused before anything is written
         if here.rank == 0:
             claim(self.folder, recipe, resume=resume)
         barrier()
@@ -164,7 +173,10 @@ class Run:
         freeze_unused(model)
         views: dict[str, list[View | None]] = {f: [v.build() for v in vs] for f, vs in recipe.data.views.items()}
         with _seeded(recipe.train.seed):  # objectives may have weights too
-            root = Root(model, recipe.objectives, fields=recipe.data.fields, views=views, average=recipe.average)
+            root = Root(
+                model, recipe.objectives, fields=recipe.data.fields, views=views, average=recipe.average,
+                features=recipe.data.features,
+            )  # fmt: skip
         loader = self._loader(model, views, rank=here.rank, size=here.size)
         # A small set is judged after its first pass, a large one after a thousand samples.
         enough = 1000 if self.train_source.streaming else min(1000, len(self.train_source) // here.size)
@@ -176,6 +188,8 @@ class Run:
         self._where = lambda: f"step {trainer.step + 1}"
         trainer.fit(resume=resume)
         loader.close()
+        if root.memo.store is not None:
+            root.memo.store.flush()
         self._where = lambda: "after the last step"
         with self.trained(root) as final:
             if here.rank == 0:
@@ -219,8 +233,9 @@ class Run:
             if model.tower(tower).config.frozen and not any(_on_device(v) for v in views.get(field, ()))
         }  # fmt: skip
         reader = Reader(
-            encoders, views=views, memoised=memoised, seed=recipe.train.seed, group=self.train_source.has_group
-        )
+            encoders, views=views, memoised=memoised, seed=recipe.train.seed, group=self.train_source.has_group,
+            drop=data.drop,
+        )  # fmt: skip
         return BatchLoader(
             self.train_source, reader, batch_size=recipe.train.batch_size, seed=recipe.train.seed, rank=rank,
             world_size=size, workers=recipe.train.workers, cache=data.cache, distinct_groups=data.distinct_groups,
@@ -265,7 +280,10 @@ class Run:
         """Let every encoder learn what it needs (a tokenizer) from the training samples, once a run folder."""
         files: dict[str, Path] = {}
         base = (self.folder or scratch_folder()) / "files"
+        started = [] if self._start is None else self._start.towers
         for name, tower in self.recipe.model.towers.items():
+            if name in started:
+                continue
             folder = base / name
             if world().rank == 0 and not (folder / _FITTED).is_file():
                 shutil.rmtree(folder, ignore_errors=True)

@@ -44,6 +44,7 @@ class Step:
         self._inputs: dict[tuple[str, int], tuple[Inputs, Params]] = {}
         self._embeddings: dict[tuple[str, int], Tensor] = {}
         self._encodings: dict[tuple[str, int], Encoding] = {}
+        self._fused: dict[str, Tensor] = {}
 
     @property
     def ids(self) -> list[str]:
@@ -69,7 +70,10 @@ class Step:
         return self.model.tower(self._fields[field])
 
     def present(self, field: str) -> Tensor:
-        """Bool [B]: which samples have this field."""
+        """Bool [B]: which samples have this field, or some member of this fusion."""
+        if field in self.model.fusions:
+            members = [self.present(member) for member in self.model.config.fusions[field].of]
+            return torch.stack(members).any(0)
         self.tower(field)
         known = self.batch.present.get(field)
         return torch.zeros(len(self.batch), dtype=torch.bool, device=self.model.device) if known is None else known
@@ -90,15 +94,26 @@ class Step:
         return self._encodings[key]
 
     def embedding(self, field: str, view: int = 0) -> Tensor:
-        """Embeddings float32 [B, dim]; rows of samples without the field are zero.
+        """Embeddings float32 [B, dim] of a field or of a fusion; rows of samples without the field are zero.
 
         Where no sample has the field, the zeros still depend on every trainable parameter of the tower (with zero
         gradient), so that all processes reduce the same parameters.
         """
+        if field in self.model.fusions:
+            return self._fuse(field)
         key = (field, view)
         if key not in self._embeddings:
             self._embeddings[key] = self._embed(field, view)
         return self._embeddings[key]
+
+    def _fuse(self, name: str) -> Tensor:
+        """The embedding of a fusion; every weight of it has a gradient, also where nothing is present."""
+        if name not in self._fused:
+            members = self.model.config.fusions[name].of
+            embeddings = {member: self.embedding(member) for member in members}
+            fused = self.model.fuse(name, embeddings, {member: self.present(member) for member in members})
+            self._fused[name] = fused + idle(self.model.fusions[name]).to(fused.dtype)
+        return self._fused[name]
 
     def computed(self) -> dict[str, Tensor]:
         """The embeddings asked for so far, by field (``field.view`` past the first), detached, present rows only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -59,6 +60,8 @@ class Reader:
             have one reading, and no view that acts on the device.
         seed: what all randomness derives from, with epoch, sample id, field and view.
         group: whether batches carry groups; the source says so for all ranks alike.
+        drop: by field, the probability that a sample's value is treated as missing in an epoch (modality dropout).
+            Something always stays of a sample.
 
     Raises:
         ValueError: a memoised field has several views or one that acts on the device, or an entry names no field.
@@ -71,8 +74,9 @@ class Reader:
         memoised: Collection[str] = (),
         seed: int = 0,
         group: bool = False,
+        drop: Mapping[str, float] | None = None,
     ) -> None:
-        unknown = {*(views or {}), *memoised} - set(encoders)
+        unknown = {*(views or {}), *memoised, *(drop or {})} - set(encoders)
         if unknown:
             raise ValueError(f"no field {', '.join(map(repr, sorted(unknown)))}; fields: {', '.join(encoders)}")
         self.encoders = dict(encoders)
@@ -81,6 +85,7 @@ class Reader:
         self.memoised = frozenset(memoised)
         self.seed = seed
         self.group = group
+        self.drop = dict(drop or {})
         for field in self.memoised:
             if len(self.views[field]) != 1 or _overrides(self.views[field][0], "batch"):
                 raise ValueError(f"field {field!r} is memoised: it must have one reading, and no view on the device")
@@ -136,7 +141,8 @@ class Reader:
             micro_batch: collate the fields in parts of at most so many samples, of nearly equal size; there is always
                 a part, so that all processes see alike whether batches come in parts. None: all at once.
         """
-        good = [item for item in items if isinstance(item, Item)]
+        # Only here, not when an item is read: a loader may keep what was read for other epochs.
+        good = [self._thinned(item) for item in items if isinstance(item, Item)]
         batch = self._frame(good, [item for item in items if isinstance(item, Quarantined)])
         if micro_batch is None:
             return self._fill(batch, good)
@@ -145,6 +151,16 @@ class Reader:
         for start, stop in pairwise(edges):
             batch.parts.append(self._fill(self._frame(good[start:stop], []), good[start:stop]))
         return batch
+
+    def _thinned(self, item: Item) -> Item:
+        """The item without the fields that modality dropout takes from it; of its last ones, the likeliest stays."""
+        if not self.drop:
+            return item
+        # How far each field is from being dropped: the draw over its probability. Below 1 it goes.
+        draws = {field: stable_hash(item.seed, "drop", field) / 2**63 for field in item.inputs}
+        margins = {f: u / self.drop[f] if self.drop.get(f, 0) > 0 else math.inf for f, u in draws.items()}
+        kept = [field for field, margin in margins.items() if margin >= 1]
+        return item.only(kept or [max(margins, key=lambda field: margins[field])])
 
     def _frame(self, good: Sequence[Item], bad: list[Quarantined]) -> Batch:
         """A batch that lacks only the values of its fields."""

@@ -8,6 +8,7 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from mmrep.embed.store import FeatureStore
 from mmrep.model import Tower
 from mmrep.tokens import Inputs
 
@@ -28,11 +29,13 @@ class Memo:
     Args:
         batch_size: how many missing items are encoded at a time.
         max_bytes: the memory it may take; past it nothing more is kept (and everything still works).
+        store: where features are kept from run to run; None = nowhere.
     """
 
-    def __init__(self, batch_size: int = 64, max_bytes: int = 2 << 30) -> None:
+    def __init__(self, batch_size: int = 64, max_bytes: int = 2 << 30, store: FeatureStore | None = None) -> None:
         self.batch_size = batch_size
         self.max_bytes = max_bytes
+        self.store = store
         self.bytes = 0
         self._kept: dict[tuple[int, bytes], Tensor] = {}
 
@@ -42,6 +45,12 @@ class Memo:
         here = id(tower)
         fresh: dict[bytes, Inputs] = {k: i for k, i in zip(keys, items, strict=True) if (here, k) not in self._kept}
         found: dict[bytes, Tensor] = {}
+        for key in list(fresh):
+            stored = None if self.store is None else self.store.find(tower, key)
+            if stored is not None:
+                found[key] = stored
+                self._keep(here, key, stored)
+                del fresh[key]
         order = sorted(fresh, key=lambda k: tower.encoder.length(fresh[k]))
         for start in range(0, len(order), self.batch_size):
             chunk = order[start : start + self.batch_size]
@@ -51,7 +60,12 @@ class Memo:
                 values = tower.features({k: v.to(device) for k, v in inputs.items()}).float().cpu()
             for key, value in zip(chunk, values, strict=True):
                 found[key] = value
-                if self.bytes + value.nbytes <= self.max_bytes:
-                    self._kept[here, key] = value.clone()
-                    self.bytes += value.nbytes
+                self._keep(here, key, value)
+                if self.store is not None:
+                    self.store.put(tower, key, value.clone())
         return torch.stack([found[k] if k in found else self._kept[here, k] for k in keys]).to(device)
+
+    def _keep(self, tower: int, key: bytes, value: Tensor) -> None:
+        if self.bytes + value.nbytes <= self.max_bytes:
+            self._kept[tower, key] = value.clone()
+            self.bytes += value.nbytes

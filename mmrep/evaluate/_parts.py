@@ -72,7 +72,23 @@ def embed_part(
         model.train(was_training)
     part.embeddings = {n: torch.cat([torch.zeros(0, model.dim), *v]).numpy() for n, v in vectors.items()}
     part.present = {n: np.array(p, dtype=bool) for n, p in present.items()}
+    _fuse(model, part)
     return part
+
+
+def _fuse(model: Model, part: Part) -> None:
+    """Add the embeddings of those fusions of which the source has a member: as if they were fields."""
+    was_training = model.training
+    model.eval()
+    for name, fusion in model.config.fusions.items():
+        members = [member for member in fusion.of if member in part.embeddings]
+        if not members:
+            continue
+        embeddings = {m: torch.from_numpy(part.embeddings[m]).to(model.device) for m in members}
+        present = {m: torch.from_numpy(part.present[m]).to(model.device) for m in members}
+        part.embeddings[name] = model.fuse(name, embeddings, present).cpu().numpy()
+        part.present[name] = np.logical_or.reduce([part.present[m] for m in members])
+    model.train(was_training)
 
 
 def merge(parts: Sequence[Part]) -> Part:

@@ -63,8 +63,8 @@ def load(
     """
     from mmrep.model import Model, ModelConfig
 
-    folder = _locate(name, **hub)
-    document = _read_config(folder)
+    folder = locate(name, **hub)
+    document = read_config(folder)
     try:
         config = parse(ModelConfig, document["model"])
     except ConfigError as error:
@@ -81,16 +81,33 @@ def load(
 
 @torch.no_grad()
 def fingerprint(model: Model) -> dict[str, list[list[float]]]:
-    """Per tower, the embeddings of its encoder's two example inputs, rounded to 6 decimals."""
-    return {name: _example_embeddings(model, name).round(decimals=6).tolist() for name in model.towers}
+    """Per tower and fusion, the embeddings of two examples of the encoders concerned, rounded to 6 decimals."""
+    return {name: _example_embeddings(model, name).round(decimals=6).tolist() for name in _names(model)}
+
+
+def _names(model: Model) -> list[str]:
+    return [*model.towers, *model.fusions]
 
 
 def _example_embeddings(model: Model, name: str) -> torch.Tensor:
+    if name in model.fusions:
+        members = {m: _example_embeddings(model, tower) for m, tower in model.config.fusions[name].of.items()}
+        was_training = model.fusions.training
+        model.fusions.eval()
+        with torch.no_grad():
+            fused = model.fuse(name, {m: values.to(model.device) for m, values in members.items()}).cpu()
+        model.fusions.train(was_training)
+        return fused
     examples = model.tower(name).encoder.examples(2, seed=0)
     return torch.as_tensor(model.encode(examples, name, show_progress_bar=False, normalize_embeddings=True))
 
 
-def _locate(name: str | Path, **hub: Any) -> Path:
+def locate(name: str | Path, **hub: Any) -> Path:
+    """The folder of a saved model: itself, or the local copy of a hub repository (without its pickles).
+
+    Raises:
+        ModelFolderError: neither a folder nor a hub id.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return path
@@ -103,7 +120,12 @@ def _locate(name: str | Path, **hub: Any) -> Path:
     return Path(snapshot_download(str(name), ignore_patterns=list(_PICKLES), library_name="mmrep", **hub))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """The document in a saved model's config.json; its ``model`` is the config.
+
+    Raises:
+        ModelFolderError: there is none, or it is not ours, or of a newer version.
+    """
     path = folder / CONFIG
     if not path.is_file():
         runs = folder / "model" / CONFIG
@@ -173,15 +195,16 @@ def _check_fingerprint(model: Model, folder: Path) -> None:
         saved = json.loads(path.read_text())
         worst = {
             name: float((torch.tensor(saved[name]) - _example_embeddings(model, name)).abs().max())
-            for name in model.towers
+            for name in _names(model)
         }
     except (json.JSONDecodeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ModelFolderError(f"{path} cannot be compared with the model: {error!r}") from error
     off = {name: gap for name, gap in worst.items() if not gap <= _TOLERANCE}
     if off:
-        gaps = ", ".join(f"{name} (off by {gap:.2g})" for name, gap in off.items())
+        kind = {name: "tower" if name in model.towers else "fusion" for name in off}
+        gaps = ", ".join(f"{kind[name]} {name} (off by {gap:.2g})" for name, gap in off.items())
         raise ModelFolderError(
-            f"{str(folder)!r}: tower {gaps} does not give the embeddings that it was saved with. Weights, "
+            f"{str(folder)!r}: {gaps} does not give the embeddings that it was saved with. Weights, "
             "preprocessing or a library version do not belong together; check_fingerprint=False loads it all the same"
         )
 

@@ -7,40 +7,31 @@ from dataclasses import field
 from typing import Annotated, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from mmrep.config import Component, ConfigError, Of, component, config
 from mmrep.model import Model
 from mmrep.objectives.objective import Objective, ObjectiveConfig
+from mmrep.objectives.pairs import EdgesConfig, PairConfig
 from mmrep.registry import near
 from mmrep.step import Step
 
 
 @config
-class PairConfig:
-    """One edge of the graph of pairs.
+class ContrastiveConfig(ObjectiveConfig):
+    """pairs: edges one by one. edges: a shape of them (all pairs, a star, a chain). Both may be given.
 
-    between: two fields; the same field twice contrasts two of its views. views: which view of each. weight: factor.
-    temperature: name of one of ``model.temperatures``. negatives: a field whose embeddings are extra wrong answers to
-    the first field of ``between``. soft: a field of a frozen tower whose features soften the targets (``info-nce``).
+    loss: ``info-nce`` or ``siglip``. use_group: samples of one group are positives of each other.
     """
 
-    between: Annotated[tuple[str, ...], Field(min_length=2, max_length=2)]
-    views: Annotated[tuple[int, ...], Field(min_length=2, max_length=2)] = (0, 0)
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    temperature: str = "default"
-    negatives: str | None = None
-    soft: str | None = None
-
-
-@config
-class ContrastiveConfig(ObjectiveConfig):
-    """pairs: edges. loss: ``info-nce`` or ``siglip``. use_group: samples of one group are positives of each other."""
-
-    pairs: list[PairConfig]
+    pairs: list[PairConfig] = field(default_factory=list[PairConfig])
+    edges: EdgesConfig | None = None
     loss: Annotated[Component, Of("losses")] = field(default_factory=lambda: component("losses", "info-nce"))
     use_group: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.pairs and self.edges is None:
+            raise ValueError("contrastive: name at least one edge, in `pairs` or in `edges`")
 
 
 class Contrastive(Objective):
@@ -52,9 +43,15 @@ class Contrastive(Objective):
     def __init__(self, config: ContrastiveConfig, model: Model, fields: dict[str, str]) -> None:
         super().__init__(config, model, fields)
         self.loss = config.loss.build()
+        edges = [] if config.edges is None else config.edges.pairs()
+        self.pairs = [*config.pairs, *edges]
+        places = [
+            *(f"pairs[{i}]" for i in range(len(config.pairs))),
+            *("edges " + "-".join(edge.between) for edge in edges),
+        ]
         problems = [
-            f"objectives.contrastive.pairs[{i}]: {problem}"
-            for i, pair in enumerate(config.pairs)
+            f"objectives.contrastive.{place}: {problem}"
+            for place, pair in zip(places, self.pairs, strict=True)
             for problem in self._problems(pair, model, fields)
         ]
         if problems:
@@ -63,9 +60,10 @@ class Contrastive(Objective):
     def _problems(self, pair: PairConfig, model: Model, fields: dict[str, str]) -> Iterator[str]:
         """What is wrong with one pair; found when the objective is built, not in the first step."""
         named = [name for name in (*pair.between, pair.negatives, pair.soft) if name is not None]
-        unknown = [name for name in named if name not in fields]
+        known = [*fields, *model.fusions]
+        unknown = [name for name in named if name not in known]
         for name in unknown:
-            yield f"unknown field {name!r}{near(name, fields)} Fields: {', '.join(fields)}"
+            yield f"unknown field {name!r}{near(name, known)} Fields: {', '.join(known)}"
         if pair.temperature not in model.temperatures:
             hint = near(pair.temperature, model.temperatures)
             known = ", ".join(model.temperatures)
@@ -79,14 +77,14 @@ class Contrastive(Objective):
         if pair.soft is not None and not unknown:
             if not self.loss.takes_soft:
                 yield f"loss {loss!r} takes no soft targets; use info-nce, or leave `soft` out"
-            if not model.tower(fields[pair.soft]).config.frozen:
+            if pair.soft in model.fusions or not model.tower(fields[pair.soft]).config.frozen:
                 yield f"soft: the tower of {pair.soft!r} must be frozen, or the targets would move with the training"
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """See `Objective.forward`; parts are named ``first-second``."""
         parts: dict[str, Tensor] = {}
         total = torch.zeros((), device=step.model.device)
-        for pair in cast(ContrastiveConfig, self.config).pairs:
+        for pair in self.pairs:
             (a, b), (view_a, view_b) = pair.between, pair.views
             temperature = step.model.temperature(pair.temperature)
             valid = step.present(a) & step.present(b)

@@ -13,6 +13,7 @@ from mmrep.cached import CachedStep
 from mmrep.config import Component
 from mmrep.data.batch import Batch
 from mmrep.embed.memo import Memo
+from mmrep.embed.store import FeatureStore
 from mmrep.model import Model
 from mmrep.objectives.average import WeightAverage
 from mmrep.objectives.objective import Objective
@@ -29,6 +30,7 @@ class Root(nn.Module):
         fields: tower name by field.
         views: per field, its views.
         average: decay of a moving average of the model's weights; None = no average.
+        features: folder in which the features of frozen towers are kept; None = in memory only.
 
     Attributes:
         seen: the embeddings of the last forward pass on this process, by field, without graph, for who watches.
@@ -42,12 +44,13 @@ class Root(nn.Module):
         fields: Mapping[str, str],
         views: FieldViews,
         average: float | None = None,
+        features: str | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.fields = dict(fields)
         self.views = views
-        self.memo = Memo()
+        self.memo = Memo(store=None if features is None else FeatureStore(features))
         self.objectives = nn.ModuleDict()
         for chosen in objectives:
             name = chosen.config.name or chosen.type

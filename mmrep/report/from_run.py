@@ -74,12 +74,13 @@ def _sets(run: Run) -> list[PairSet]:
     def preview(field: str, raw: Any) -> Any:
         return run.model.tower(run.recipe.data.fields[field]).encoder.preview(raw)
 
+    fields = list(run.recipe.data.fields)
     wanted: dict[tuple[str, frozenset[str]], tuple[str, str]] = {}
     for chosen in run.recipe.evaluations.values():
         source, between = getattr(chosen.config, "data", None), getattr(chosen.config, "between", None)
-        if source is not None and between is not None:
+        # A fusion has no raw value of its own to show; its figures stand in the tables.
+        if source is not None and between is not None and set(between) <= set(fields):
             wanted.setdefault((source, frozenset(between)), tuple(between))
-    fields = list(run.recipe.data.fields)
     if not wanted and len(fields) > 1:  # the first two fields of each source, if no evaluation compares two
         wanted = {(name, frozenset(fields[:2])): (fields[0], fields[1]) for name in run.recipe.data.evaluation}
     return [

@@ -1,0 +1,98 @@
+"""Beginning from a saved model: its config under a recipe's, its encoders' files, its weights in the new model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mmrep.config import ConfigError, parse
+from mmrep.hub.folder import FILES, WEIGHTS, ModelFolderError, locate, read_config
+from mmrep.model import Model, ModelConfig
+
+
+def saved_config(start: str) -> dict[str, Any]:
+    """The ``model`` part of a saved model's config, as plain data.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    try:
+        return read_config(locate(_model_folder(start)))["model"]
+    except ModelFolderError as error:
+        raise ConfigError([f"start: {error}"]) from error
+
+
+class Start:
+    """A saved model as the beginning of another.
+
+    Args:
+        start: its folder, the run folder that holds it, or a hub id.
+        config: of the model that begins from it.
+
+    Raises:
+        ConfigError: no such model, or one of its towers is another in ``config``.
+    """
+
+    def __init__(self, start: str, config: ModelConfig) -> None:
+        self.name = start
+        saved = parse(ModelConfig, saved_config(start), "start")
+        self.folder = locate(_model_folder(start))
+        problems = [] if saved.dim == config.dim else [f"model.dim: {config.dim}, but {start!r} has {saved.dim}"]
+        for name, tower in saved.towers.items():
+            new = config.towers.get(name)
+            if new is None:
+                continue
+            for part in ("encoder", "pool", "projector"):
+                if getattr(tower, part) != getattr(new, part):
+                    problems.append(
+                        f"model.towers.{name}.{part}: differs from that of {start!r}, whose weights it begins with; "
+                        "leave it out, or give the tower another name"
+                    )
+        if problems:
+            raise ConfigError(problems)
+        self.towers = [name for name in saved.towers if name in config.towers]
+        self.config = config
+
+    def files(self) -> dict[str, Path]:
+        """Per tower that begins from the saved model, the folder of its encoder's files (absent or not)."""
+        return {name: self.folder / FILES / name for name in self.towers}
+
+    @torch.no_grad()
+    def fill(self, model: Model) -> None:
+        """Give the model the saved weights of all that has the same name; the rest keeps its own.
+
+        Raises:
+            ConfigError: a saved value has another shape.
+        """
+        weights = load_file(self.folder / WEIGHTS)
+        expected = model.state_dict()
+        old = tuple(f"towers.{name}." for name in self.towers)
+        absent = [
+            k for k in expected if k.startswith(old) and k not in weights and not _is_shared(k, expected, weights)
+        ]
+        wrong = [k for k, v in weights.items() if k in expected and expected[k].numel() != v.numel()]
+        if absent or wrong:
+            named = ", ".join([*absent, *wrong][:5])
+            raise ConfigError([f"start: {self.name!r} has no fitting values for {named}"])
+        model.load_state_dict({k: v for k, v in weights.items() if k in expected}, strict=False)
+
+
+def _is_shared(key: str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
+    """Whether the value is another name of one that is there: tied weights are saved once."""
+    mine = expected[key]
+    return any(
+        other.data_ptr() == mine.data_ptr() and other.shape == mine.shape and name in weights
+        for name, other in expected.items()
+        if name != key
+    )
+
+
+def _model_folder(start: str) -> str:
+    """A run folder stands for its model."""
+    inner = Path(start).expanduser() / "model"
+    return str(inner) if (inner / "config.json").is_file() else start

@@ -1,0 +1,118 @@
+"""Beginning from a saved model: its towers to the bit, new ones beside them, and no run without it where it must be."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import mmrep
+from mmrep.config import ConfigError, merge
+from mmrep.recipe import read_recipe
+from mmrep.run import Run
+from tests.world import draw, make_world, write_recipe
+
+SAMPLES = {"image": [draw("red", "disc"), draw("blue", "frame", 1)], "text": ["a red disc", "blue"]}
+NEW = {"encoder": {"type": "image-cnn", "size": 16, "widths": [8], "depths": [1], "norm": "group"}}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A world, and a run in it with a fusion and a learned sentencepiece tokenizer."""
+    folder = make_world(tmp_path_factory.mktemp("world"))
+    text = {
+        "type": "text-transformer",
+        "tokenizer": "sentencepiece",
+        "vocab_size": 300,
+        "width": 32,
+        "depth": 1,
+        "heads": 2,
+    }
+    data = yaml.safe_load(write_recipe(folder).read_text())
+    data["model"]["towers"]["text"]["encoder"] = text
+    data["model"]["fusions"] = {"both": {"of": {"image": "image", "caption": "text"}, "by": {"type": "gated"}}}
+    data["objectives"][0]["pairs"].append({"between": ["both", "caption"]})
+    data["train"]["steps"] = 8
+    (folder / "first.yaml").write_text(yaml.safe_dump(data))
+    Run(read_recipe(str(folder / "first.yaml")), folder / "first").train()
+    return folder
+
+
+def second(folder, **changes):
+    """A recipe that adds a tower `sketch` to the first run's model and says nothing of the old towers but `frozen`."""
+    data = yaml.safe_load((folder / "first.yaml").read_text())
+    old = {"image": {"frozen": "tower"}, "text": {"frozen": "tower"}}
+    data |= {
+        "start": str(folder / "first"), "model": {"towers": {"sketch": NEW, **old}},
+        "objectives": [{"type": "contrastive", "pairs": [{"between": ["image", "caption"]}]}],
+    } | changes  # fmt: skip
+    data["data"]["fields"] = {"image": "sketch", "caption": "text"}
+    path = folder / "second.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def test_old_towers_stay_what_they_are_to_the_bit_and_the_new_one_learns(trained, tmp_path):
+    before = mmrep.load(trained / "first/model")
+    recipe = read_recipe(str(second(trained)))
+    fresh = Run(recipe).untrained()
+    Run(recipe, tmp_path / "run").train()
+    after = mmrep.load(tmp_path / "run/model")
+    for name, values in SAMPLES.items():
+        np.testing.assert_array_equal(after.encode(values, name), before.encode(values, name))
+    np.testing.assert_array_equal(
+        after.encode({"image": SAMPLES["image"], "caption": [None, "blue"]}, fusion="both"),
+        before.encode({"image": SAMPLES["image"], "caption": [None, "blue"]}, fusion="both"),
+    )
+    assert (after.encode(SAMPLES["image"], "sketch") != fresh.encode(SAMPLES["image"], "sketch")).any()
+    assert torch.equal(fresh.temperature("default").log_scale, before.temperature("default").log_scale)
+
+
+def test_a_tower_that_is_not_frozen_begins_with_the_saved_weights_and_trains(trained, tmp_path):
+    model = {"towers": {"sketch": NEW, "image": {"frozen": "tower"}}}
+    recipe = read_recipe(str(second(trained, model=model)))
+    before, fresh = mmrep.load(trained / "first/model"), Run(recipe).untrained()
+    np.testing.assert_array_equal(fresh.encode(SAMPLES["text"], "text"), before.encode(SAMPLES["text"], "text"))
+    Run(recipe, tmp_path / "run").train()
+    after = mmrep.load(tmp_path / "run/model")
+    np.testing.assert_array_equal(after.encode(SAMPLES["image"], "image"), before.encode(SAMPLES["image"], "image"))
+    assert (after.encode(SAMPLES["text"], "text") != before.encode(SAMPLES["text"], "text")).any()
+
+
+def test_the_run_is_opened_without_the_model_that_it_started_from(trained, tmp_path):
+    copied = shutil.copytree(trained, tmp_path / "copy")
+    path = second(copied, data=yaml.safe_load(second(trained).read_text())["data"])
+    Run(read_recipe(str(path)), tmp_path / "run").train()
+    shutil.rmtree(copied / "first")
+    again = mmrep.open_run(tmp_path / "run")
+    assert again.evaluate(["knn"])["knn"]["rows"]
+    with pytest.raises(ConfigError, match=r"start: there is no folder"):  # only who asks for the untrained one needs it
+        again.evaluate(["retrieval"])
+    with pytest.raises(ConfigError, match=r"start: there is no folder"):
+        read_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"dim": 8}, r"model\.dim: 8, but .* has 16"),
+        (
+            {"towers": {"image": {"encoder": {"type": "image-vit"}}}},
+            r"model\.towers\.image\.encoder: differs from that of",
+        ),
+        ({"towers": {"image": {"pool": "attention"}}}, r"model\.towers\.image\.pool: differs"),
+    ],
+)
+def test_another_architecture_is_refused_before_anything_is_written(trained, tmp_path, model, words):
+    run = Run(read_recipe(str(second(trained, model=merge({"towers": {"sketch": NEW}}, model)))), tmp_path / "run")
+    with pytest.raises(ConfigError, match=words):
+        run.train()
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_no_saved_model_is_refused(trained, tmp_path):
+    with pytest.raises(ConfigError, match=r"start: .*no config\.json"):
+        read_recipe(str(second(trained, start=str(tmp_path))))
