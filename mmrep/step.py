@@ -107,12 +107,11 @@ class Step:
         return self._embeddings[key]
 
     def _fuse(self, name: str) -> Tensor:
-        """The embedding of a fusion; every weight of it has a gradient, also where nothing is present."""
+        """The embedding of a fusion. All its weights are in the graph, also where nothing is present: fusions mask."""
         if name not in self._fused:
             members = self.model.config.fusions[name].of
             embeddings = {member: self.embedding(member) for member in members}
-            fused = self.model.fuse(name, embeddings, {member: self.present(member) for member in members})
-            self._fused[name] = fused + idle(self.model.fusions[name]).to(fused.dtype)
+            self._fused[name] = self.model.fuse(name, embeddings, {m: self.present(m) for m in members})
         return self._fused[name]
 
     def computed(self) -> dict[str, Tensor]:
