@@ -25,6 +25,11 @@ class TupleLoss(Protocol):
     takes_partial: ClassVar[bool]
     config: Any
 
+    @property
+    def draws_negatives(self) -> bool:
+        """The negatives are a random choice, so that the order of the tuples matters."""
+        ...
+
     @staticmethod
     def bounds(dim: int, fields: int) -> tuple[float, float]:
         """Scales from which a perfect tuple has a logit of 1 to where it has one of 100, as CLIP's bounds for pairs."""

@@ -75,6 +75,7 @@ class Centroid(nn.Module):
 
     fields: ClassVar[tuple[int, int | None]] = (2, None)
     takes_partial: ClassVar[bool] = True
+    draws_negatives = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

@@ -1,4 +1,4 @@
-"""Redundancy reduction by the cross-correlation of two batches of embeddings: Barlow Twins, and DeCUR's block target."""
+"""Redundancy reduction by the cross-correlation of two batches: Barlow Twins, and the block target of DeCUR."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def cross_correlation_loss(
 
 
 def _standardised(x: Tensor, count: Tensor, world: World, eps: float) -> Tensor:
-    """Columns of mean 0 and variance 1 over all ranks; the squares are of what is left of the mean, to lose no digit."""
+    """Columns of mean 0 and variance 1 over all ranks; the mean goes before the squares, which loses no digit."""
     x = x - world.sum(x.sum(0)) / count
     return x * (world.sum(x.square().sum(0)) / count + eps).rsqrt()
 

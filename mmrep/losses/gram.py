@@ -41,7 +41,7 @@ def gram(
     products of n x N x D, tile by tile, three times that backward; memory is O(N M D) and M tiles. The bases of the
     spans and each tuple's own volume are computed in float64 by Gram-Schmidt, O(n M^2 D), which keeps the digits of
     vectors that almost coincide, where a determinant of cosines loses them all. Gradients are finite where vectors
-    coincide: a distance of zero has none.
+    coincide: a distance of zero has none. (Two fields that coincide have volume 0 with every third, matching or not.)
 
     Args, returns and raises: see `mmrep.losses._tuples.TupleLoss`; the part ``volume`` is the mean of the own volumes.
     tile: rows and columns held at a time.
@@ -62,6 +62,7 @@ class GRAM(nn.Module):
 
     fields: ClassVar[tuple[int, int | None]] = (2, None)
     takes_partial: ClassVar[bool] = False
+    draws_negatives = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

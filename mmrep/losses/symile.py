@@ -104,6 +104,11 @@ class Symile(nn.Module):
         self.config = config
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))  # so that a resumed run goes on alike
 
+    @property
+    def draws_negatives(self) -> bool:
+        """Whether the order of the tuples matters."""
+        return self.config.negatives == "shuffled"
+
     @staticmethod
     def bounds(dim: int, fields: int) -> tuple[float, float]:
         """Those of pairs, times ``D^((M - 2) / 2)``."""
@@ -197,9 +202,11 @@ def _combinations(batch: TupleBatch, anchor: Tensor, first: Tensor, second: Tens
         found, _ = tiled_logsumexp(
             queries, second, scale, query_groups=query_groups, key_groups=batch.all_groups, tile=tile
         )
-        return found.view(len(anchor), len(some)).logsumexp(1)
+        # A number, not -inf, where all are of one group: the gradient of a sum of nothing would be NaN.
+        return found.masked_fill(found == -torch.inf, nothing).view(len(anchor), len(some)).logsumexp(1)
 
-    total = anchor.new_full((len(anchor),), -torch.inf)
+    nothing = torch.finfo(anchor.dtype).min / 4
+    total = anchor.new_full((len(anchor),), nothing)
     for chunk in blocks(len(first), max(1, _PRODUCTS // max(anchor.numel(), 1))):
         part = recomputed(rows, anchor, first[chunk], second, batch.scale, batch.all_groups[chunk])
         total = torch.logaddexp(total, part)

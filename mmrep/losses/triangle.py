@@ -64,6 +64,7 @@ class Triangle(nn.Module):
 
     fields: ClassVar[tuple[int, int | None]] = (3, 3)
     takes_partial: ClassVar[bool] = False
+    draws_negatives = False
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
