@@ -46,7 +46,8 @@ class AudioEncoder(Encoder):
     """Reads audio; subclasses add ``tokenize`` and ``encode``.
 
     `prepare` gives ``{"wave": float32 [C, T]}`` at the encoder's own rate, so that clips of any rates share a batch.
-    `collate` gives ``{"wave": float32 [B, C, T], "lengths": int64 [B]}``, zeros behind each clip's ``lengths`` samples.
+    `collate` gives ``{"wave": float32 [B, C, T], "lengths": int64 [B], "seconds": float32 [B]}``, zeros behind each
+    clip's ``lengths`` samples.
 
     Args:
         config: the encoder's config.
@@ -99,8 +100,9 @@ class AudioEncoder(Encoder):
         return {"wave": self.read(raw, view, seed).values}
 
     def collate(self, items: Sequence[Inputs]) -> Inputs:
-        """Pad with zeros to the longest clip: ``wave`` [B, C, T] and ``lengths`` [B]."""
-        return pad_waves([item["wave"] for item in items], self.channels)
+        """Pad with zeros to the longest clip: ``wave`` [B, C, T], ``lengths`` [B] and ``seconds`` [B]."""
+        inputs = pad_waves([item["wave"] for item in items], self.channels)
+        return {**inputs, "seconds": inputs["lengths"] / self.preprocess.sampling_rate}
 
     def examples(self, n: int, seed: int) -> list[Any]:
         """Tones, chirps, clicks, noise and silence of odd lengths, rates, formats and channels."""

@@ -14,7 +14,7 @@ from mmrep.modalities.audio._base import Preprocess
 from mmrep.tokens import Inputs
 
 MASK_TIME, MASK_MEL = "mask_time", "mask_mel"
-"""Keys that `SpecAugment` adds to the inputs: seconds, and shares of the mel axis."""
+"""Keys that `SpecAugment` adds to the inputs."""
 
 
 @config
@@ -108,24 +108,25 @@ class LogMel(nn.Module):
         return 1 + lengths // self.hop
 
 
-def masked_frames(inputs: Inputs, frames: int, seconds: float, mels: int) -> Tensor | None:
+def masked_frames(inputs: Inputs, frames: int, counts: Tensor, mels: int) -> Tensor | None:
     """Where `SpecAugment` masks a spectrogram: bool [B, frames, mels], True is masked; None if it was not asked to.
 
     Args:
-        inputs: may hold ``mask_time`` float [B, n, 2], beginnings and ends in seconds, and ``mask_mel`` float
-            [B, m, 2], shares 0..1 of the mel axis. A frame or band is masked if its centre lies between the two.
-        frames: number of frames.
-        seconds: from frame to frame; frame 0 is centred at 0.
+        inputs: may hold ``mask_time`` float [B, n, 2] and ``mask_mel`` float [B, m, 2]: beginnings and ends, as shares
+            0..1 of the clip's frames and of the bands. A frame or band is masked if its middle lies between the two.
+        frames: number of frames of the batch.
+        counts: int64 [B], frames of each clip.
         mels: number of bands.
     """
     if MASK_TIME not in inputs:
         return None
     time, mel = inputs[MASK_TIME], inputs[MASK_MEL]
-    at = torch.arange(frames, device=time.device) * seconds
-    band = (torch.arange(mels, device=time.device) + 0.5) / mels
+    at = (torch.arange(frames, device=time.device) + 0.5) / counts[:, None]
+    band = (torch.arange(mels, device=time.device)[None] + 0.5) / mels
     return _within(at, time)[:, :, None] | _within(band, mel)[:, None, :]
 
 
 def _within(places: Tensor, spans: Tensor) -> Tensor:
-    """[N] and [B, n, 2] to bool [B, N]: which places lie in any of the spans."""
+    """[B, N] and [B, n, 2] to bool [B, N]: which places lie in any of the spans."""
+    places = places[:, None]
     return ((places >= spans[:, :, :1]) & (places < spans[:, :, 1:])).any(1)

@@ -101,20 +101,18 @@ def _faded(samples: np.ndarray) -> np.ndarray:
     return (samples.astype(np.int64) * np.minimum(t + 1, n - t) * 2 // (n + 1)).astype(np.int16)
 
 
-def _stereo(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return np.stack([first, second])
+def _stereo(first: str, second: str, n: int, seed: int) -> np.ndarray:
+    return np.stack([signal(first, n, seed), signal(second, n, seed)])
 
 
 # A seed and a size of 1 to 7 to one raw value; the lengths are odd on purpose.
 _FORMS: tuple[Callable[[int, int], Any], ...] = (
     lambda s, k: (_faded(signal("tone", 1601 * k, s)), 16_000),
     lambda s, k: {
-        "array": _stereo(signal("chirp", 4407 * k, s), signal("clicks", 4407 * k, s)).astype(np.float32) / (1 << 15),
+        "array": _stereo("chirp", "clicks", 4407 * k, s).astype(np.float32) / (1 << 15),
         "sampling_rate": 44_100,
     },
-    lambda s, k: file_bytes(
-        _stereo(signal("noise", 2203 * k, s), signal("tone", 2203 * k, s)), 22_050, "WAV", "PCM_24"
-    ),
+    lambda s, k: file_bytes(_stereo("noise", "tone", 2203 * k, s), 22_050, "WAV", "PCM_24"),
     lambda s, k: (torch.from_numpy(_faded(signal("chirp", 797 * k, s))).double() / (1 << 15), 8_000),
     lambda s, k: {"bytes": file_bytes(signal("clicks", 1103 * k, s), 11_025, "FLAC", "PCM_16"), "path": None},
     lambda s, k: (signal("noise", 4801 * k, s).astype(np.int32) << 14, 48_000),

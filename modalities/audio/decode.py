@@ -97,8 +97,9 @@ def _samples_and_rate(raw: Any) -> tuple[Any, Any] | None:
         return value["array"], value["sampling_rate"]
     if isinstance(raw, (tuple, list)) and len(raw) == 2 and _is_array(raw[0]):
         return raw[0], raw[1]
-    if callable(getattr(raw, "get_all_samples", None)):  # torchcodec.decoders.AudioDecoder
-        samples = raw.get_all_samples()
+    all_samples = getattr(raw, "get_all_samples", None)  # of torchcodec.decoders.AudioDecoder
+    if callable(all_samples):
+        samples: Any = all_samples()
         return samples.data, samples.sample_rate
     if _is_array(raw):
         raise BadSampleError(
@@ -139,7 +140,7 @@ def _scaled(array: np.ndarray) -> np.ndarray:
             return array.astype(np.float32)
     raise BadSampleError(
         "unsupported samples",
-        f"dtype {array.dtype}; allowed: uint8, int8, int16, int32 and floats (other integers have no agreed full scale)",
+        f"dtype {array.dtype}; allowed: uint8, int8, int16, int32 and floats (others have no agreed full scale)",
     )
 
 
@@ -159,7 +160,7 @@ def _channels_first(array: np.ndarray) -> np.ndarray:
         raise BadSampleError("unsupported samples", f"an array of shape {array.shape} has more than 8 channels")
     raise BadSampleError(
         "unsupported samples",
-        f"an array of shape {array.shape} may be [channels, samples] or [samples, channels]; give it as one longer clip",
+        f"an array of shape {array.shape} may be [channels, samples] or [samples, channels]: too short to tell",
     )
 
 
@@ -182,7 +183,7 @@ def _finish(values: Tensor, rate: int, max_duration: float, at_most: float | Non
 
 
 def mix(values: Tensor, channels: int) -> Tensor:
-    """Float [C, T] to [1, T] or [2, T]: mono is the mean of all channels; stereo of anything but two repeats the mean."""
+    """Float [C, T] to [channels, T]: mono is the mean of all; stereo of other than two channels repeats the mean."""
     if len(values) == channels:
         return values
     return values.mean(0, keepdim=True).expand(channels, -1).contiguous()

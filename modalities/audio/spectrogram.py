@@ -120,7 +120,7 @@ class AudioSpectrogram(AudioEncoder):
         mel = (self.mel(inputs["wave"]) - self.mean.float()) / self.std.float()
         F = mel.shape[2]
         hidden = (torch.arange(F, device=mel.device) >= counts[:, None])[:, :, None]
-        masked = masked_frames(inputs, F, self.mel.hop / self.config.sampling_rate, self.config.mels)
+        masked = masked_frames(inputs, F, counts, self.config.mels)
         if masked is not None:
             hidden = hidden | masked
         return mel.masked_fill(hidden[:, None], 0.0), counts
@@ -131,7 +131,7 @@ class AudioSpectrogram(AudioEncoder):
         ``mask_time`` and ``mask_mel``, which `SpecAugment` adds, blot out parts of the spectrogram.
         """
         mel, counts = self.spectrogram(inputs)
-        long, high = self.patch
+        long = self.patch[0]
         mel = nn.functional.pad(mel, (0, 0, 0, -mel.shape[2] % long))
         values = self.patches(mel.to(self.patches.weight.dtype))
         B, _, T, M = values.shape
