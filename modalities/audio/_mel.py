@@ -130,3 +130,15 @@ def _within(places: Tensor, spans: Tensor) -> Tensor:
     """[B, N] and [B, n, 2] to bool [B, N]: which places lie in any of the spans."""
     places = places[:, None]
     return ((places >= spans[:, :, :1]) & (places < spans[:, :, 1:])).any(1)
+
+
+def refuse_masks(inputs: Inputs, name: str) -> None:
+    """Refuse the masks of `SpecAugment` where there is no spectrogram to put them on.
+
+    Raises:
+        ValueError: the inputs hold masks.
+    """
+    if MASK_TIME in inputs:
+        raise ValueError(
+            f"spec-augment masks a spectrogram, and {name} has none; use audio-augment or audio-spectrogram"
+        )

@@ -2,7 +2,7 @@
 
 In a recipe::
 
-    views: {audio: [{type: audio-augment, crop_seconds: 2, speed: [0.9, 1.1]}]}
+    views: {audio: [{type: audio-augment, crop_seconds: 2, speed: [0.9, 1.1], masks: {time_masks: 2}}]}
     views: {audio: [{type: spec-augment, time_masks: 2, mel_masks: 2}]}
 """
 
@@ -24,106 +24,8 @@ from mmrep.views.view import Params, View, uniform
 Share = Annotated[float, Field(ge=0, le=1)]
 Role = Literal["global", "local", "context", "target", "corrupt"]
 _SPEED_STEPS = 100  # per unit of speed, so that there are few resampling filters
-_SAMPLE, _BATCH, _NOISE, _ECHO = 0, 1, 2, 99  # streams of random numbers; noise takes one a channel from its own up
-
-
-class AudioAugment(View):
-    """Random speed, crop, reverberation, gain, polarity, shift and noise of a waveform.
-
-    Speed, crop and reverberation act on one clip in the loader, before the encoder cuts it to ``max_seconds`` and
-    levels it; gain, polarity, shift and noise act afterwards, on the batch and its device. Every number is drawn from
-    the sample's seed alone, so a clip is changed in the same way alone or in any batch.
-    """
-
-    @config
-    class Config:
-        """Ranges; with every range at its neutral value the view changes nothing.
-
-        crop_seconds: a random part of this length of longer clips, None = all. speed: factor, lowest and highest, in
-        steps of 0.01; pitch changes with it. reverb: probability of adding a synthetic echo, noise that decays
-        exponentially. reverb_seconds: time in which it falls by 60 dB, lowest and highest. gain: in dB, lowest and
-        highest. polarity: probability of turning the sign. shift: up to this share of the clip either way; what leaves
-        at one end comes in at the other. noise: probability of adding white noise. snr: signal to noise ratio in dB,
-        lowest and highest. level: where gain, polarity, shift and noise act: on the "device", whose parameters are
-        returned, or on the "sample" in the loader, for encoders whose inputs are no waveforms. role: what the reading
-        is for.
-        """
-
-        crop_seconds: Annotated[float, Field(gt=0)] | None = None
-        speed: tuple[Annotated[float, Field(ge=0.25)], Annotated[float, Field(le=4)]] = (0.9, 1.1)
-        reverb: Share = 0.0
-        reverb_seconds: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0, le=10)]] = (0.1, 0.6)
-        gain: tuple[float, float] = (-6.0, 6.0)
-        polarity: Share = 0.5
-        shift: Share = 0.0
-        noise: Share = 0.5
-        snr: tuple[float, float] = (15.0, 40.0)
-        level: Literal["device", "sample"] = "device"
-        role: Role = "global"
-
-        def __post_init__(self) -> None:
-            for name in ("speed", "reverb_seconds", "gain", "snr"):
-                low, high = getattr(self, name)
-                if low > high:
-                    raise ValueError(f"{name}: the lowest, {low}, is above the highest, {high}")
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.config: AudioAugment.Config = config
-        self.role = config.role
-
-    def sample(self, decoded: Waveform, seed: int) -> Waveform:
-        """Speed, crop and reverberation of one clip, float32 [C, T]; all the rest too if ``level`` is "sample"."""
-        c, (values, rate) = self.config, decoded
-        seeds = torch.tensor([seed])
-        u = uniform(seeds, 5, _SAMPLE)[0].tolist()
-        factor = round(_between(c.speed, u[0]) * _SPEED_STEPS)
-        values = resample(values, factor, _SPEED_STEPS)
-        if c.crop_seconds is not None:
-            wanted = max(1, round(c.crop_seconds * rate))
-            start = int(u[1] * (max(values.shape[1] - wanted, 0) + 1))
-            values = values[:, start : start + wanted]
-        if u[2] < c.reverb:
-            values = reverberate(values, _between(c.reverb_seconds, u[3]), rate, seeds)
-        if c.level == "sample":
-            lengths = torch.tensor([values.shape[1]])
-            values = self._change(values[None], lengths, seeds)[0][0]
-        return Waveform(values, rate)
-
-    def batch(self, inputs: Inputs, seeds: Tensor) -> tuple[Inputs, Params]:
-        """Change ``wave`` float32 [B, C, T], of ``lengths`` [B].
-
-        Returns:
-            The inputs, and ``gain`` [B], in dB; ``polarity`` bool [B], True where the sign is turned; ``shift`` int64
-            [B], in samples, to later; ``snr`` [B], in dB, infinite without noise. Nothing if ``level`` is "sample".
-
-        Raises:
-            ValueError: the encoder's inputs are no waveforms.
-        """
-        if self.config.level == "sample":
-            return inputs, {}
-        if "wave" not in inputs:
-            raise ValueError(
-                f"audio-augment needs waveforms on the device, and this encoder's inputs are {', '.join(inputs)}: "
-                "set level: sample"
-            )
-        wave = inputs["wave"]
-        changed, params = self._change(wave, inputs["lengths"], seeds.to(wave.device))
-        return {**inputs, "wave": changed}, params
-
-    def _change(self, wave: Tensor, lengths: Tensor, seeds: Tensor) -> tuple[Tensor, Params]:
-        c = self.config
-        u = uniform(seeds, 6, _BATCH)
-        gain, polarity = _between(c.gain, u[:, 0]), u[:, 1] < c.polarity
-        shift = ((2 * u[:, 2] - 1) * c.shift * lengths).round().long()
-        snr = torch.where(u[:, 3] < c.noise, _between(c.snr, u[:, 4]), torch.inf)
-        if c.shift:
-            wave = _rolled(wave, lengths, shift)
-        factor = torch.where(polarity, -1.0, 1.0) * 10 ** (gain / 20)
-        wave = wave * factor[:, None, None]
-        if c.noise and len(wave):
-            wave = _noisy(wave, lengths, snr, seeds)
-        return wave, {"gain": gain, "polarity": polarity, "shift": shift, "snr": snr}
+# Streams of random numbers; noise takes one for each channel, from its own upwards.
+_SAMPLE, _BATCH, _MASKS, _ECHO, _NOISE = range(5)
 
 
 class SpecAugment(View):
@@ -162,13 +64,120 @@ class SpecAugment(View):
             ends in 0..1 of the clip's frames and of the bands; and the same two as parameters.
         """
         c, seconds = self.config, inputs["seconds"]
-        u = uniform(seeds.to(seconds.device), 2 * (c.time_masks + c.mel_masks), _BATCH).unflatten(1, (-1, 2))
+        count = c.time_masks + c.mel_masks
+        u = uniform(seeds.to(seconds.device), 2 * count, _MASKS).unflatten(1, (count, 2))
         greatest = (c.time / seconds).clamp_max(c.time_share)
         masks = {
             MASK_TIME: _spans(u[:, : c.time_masks], greatest[:, None]),
             MASK_MEL: _spans(u[:, c.time_masks :], torch.full_like(greatest, c.mel)[:, None]),
         }
         return {**inputs, **masks}, masks
+
+
+class AudioAugment(View):
+    """Random speed, crop, reverberation, gain, polarity, shift and noise of a waveform.
+
+    Speed, crop and reverberation act on one clip in the loader, before the encoder cuts it to ``max_seconds`` and
+    levels it; gain, polarity, shift and noise act afterwards, on the batch and its device. Every number is drawn from
+    the sample's seed alone, so a clip is changed in the same way alone or in any batch.
+    """
+
+    @config
+    class Config:
+        """Ranges; with every range at its neutral value the view changes nothing.
+
+        crop_seconds: a random part of this length of longer clips, None = all. speed: factor, lowest and highest, in
+        steps of 0.01; pitch changes with it. reverb: probability of adding a synthetic echo, noise that decays
+        exponentially. reverb_seconds: time in which it falls by 60 dB, lowest and highest. gain: in dB, lowest and
+        highest. polarity: probability of turning the sign. shift: up to this share of the clip either way; what leaves
+        at one end comes in at the other. noise: probability of adding white noise. snr: signal to noise ratio in dB,
+        lowest and highest. level: where gain, polarity, shift and noise act: on the "device", whose parameters are
+        returned, or on the "sample" in the loader, for encoders whose inputs are no waveforms. masks: fields of a
+        `SpecAugment` that follows, None = none. role: what the reading is for.
+        """
+
+        crop_seconds: Annotated[float, Field(gt=0)] | None = None
+        speed: tuple[Annotated[float, Field(ge=0.25)], Annotated[float, Field(le=4)]] = (0.9, 1.1)
+        reverb: Share = 0.0
+        reverb_seconds: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0, le=10)]] = (0.1, 0.6)
+        gain: tuple[float, float] = (-6.0, 6.0)
+        polarity: Share = 0.5
+        shift: Share = 0.0
+        noise: Share = 0.5
+        snr: tuple[float, float] = (15.0, 40.0)
+        level: Literal["device", "sample"] = "device"
+        masks: SpecAugment.Config | None = None
+        role: Role = "global"
+
+        def __post_init__(self) -> None:
+            for name in ("speed", "reverb_seconds", "gain", "snr"):
+                low, high = getattr(self, name)
+                if low > high:
+                    raise ValueError(f"{name}: the lowest, {low}, is above the highest, {high}")
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.config: AudioAugment.Config = config
+        self.role = config.role
+        self.masks = None if config.masks is None else SpecAugment(config.masks)
+
+    def sample(self, decoded: Waveform, seed: int) -> Waveform:
+        """Speed, crop and reverberation of one clip, float32 [C, T]; all the rest too if ``level`` is "sample"."""
+        c, (values, rate) = self.config, decoded
+        seeds = torch.tensor([seed])
+        u = uniform(seeds, 5, _SAMPLE)[0].tolist()
+        factor = round(_between(c.speed, u[0]) * _SPEED_STEPS)
+        values = resample(values, factor, _SPEED_STEPS)
+        if c.crop_seconds is not None:
+            wanted = max(1, round(c.crop_seconds * rate))
+            start = int(u[1] * (max(values.shape[1] - wanted, 0) + 1))
+            values = values[:, start : start + wanted]
+        if u[2] < c.reverb:
+            values = reverberate(values, _between(c.reverb_seconds, u[3]), rate, seeds)
+        if c.level == "sample":
+            lengths = torch.tensor([values.shape[1]])
+            values = self._change(values[None], lengths, seeds)[0][0]
+        return Waveform(values, rate)
+
+    def batch(self, inputs: Inputs, seeds: Tensor) -> tuple[Inputs, Params]:
+        """Change ``wave`` float32 [B, C, T], of ``lengths`` [B].
+
+        Returns:
+            The inputs, and ``gain`` [B], in dB; ``polarity`` bool [B], True where the sign is turned; ``shift`` int64
+            [B], in samples, to later; ``snr`` [B], in dB, infinite without noise (not if ``level`` is "sample"); and
+            those of `SpecAugment.batch`, if ``masks`` are asked for.
+
+        Raises:
+            ValueError: the encoder's inputs are no waveforms.
+        """
+        params: Params = {}
+        if self.config.level == "device":
+            if "wave" not in inputs:
+                raise ValueError(
+                    "audio-augment needs waveforms on the device, and this encoder's inputs are "
+                    f"{', '.join(inputs)}: set level: sample"
+                )
+            wave = inputs["wave"]
+            changed, params = self._change(wave, inputs["lengths"], seeds.to(wave.device))
+            inputs = {**inputs, "wave": changed}
+        if self.masks is not None:
+            inputs, masks = self.masks.batch(inputs, seeds)
+            params = {**params, **masks}
+        return inputs, params
+
+    def _change(self, wave: Tensor, lengths: Tensor, seeds: Tensor) -> tuple[Tensor, Params]:
+        c = self.config
+        u = uniform(seeds, 6, _BATCH)
+        gain, polarity = _between(c.gain, u[:, 0]), u[:, 1] < c.polarity
+        shift = ((2 * u[:, 2] - 1) * c.shift * lengths).round().long()
+        snr = torch.where(u[:, 3] < c.noise, _between(c.snr, u[:, 4]), torch.inf)
+        if c.shift:
+            wave = _rolled(wave, lengths, shift)
+        factor = torch.where(polarity, -1.0, 1.0) * 10 ** (gain / 20)
+        wave = wave * factor[:, None, None]
+        if c.noise and len(wave):
+            wave = _noisy(wave, lengths, snr, seeds)
+        return wave, {"gain": gain, "polarity": polarity, "shift": shift, "snr": snr}
 
 
 def reverberate(values: Tensor, seconds: float, rate: int, seeds: Tensor) -> Tensor:
