@@ -62,11 +62,11 @@ def decode(raw: Any, *, max_duration: float = MAX_DURATION, at_most: float | Non
             audio``, ``empty audio``, ``too long``, ``not finite``, ``value range``, ``unsupported samples``.
         MissingPackageError: a video or AAC file without PyAV, the extra ``video``.
     """
-    raw = unwrap(raw)
     pair = _samples_and_rate(raw)
     if pair is not None:
         rate = check_rate(pair[1])
         return _finish(_from_array(pair[0]), rate, max_duration, at_most)
+    raw = unwrap(raw)
     if is_location(raw):
         with raw_stream(raw, "audio") as stream:
             values, rate = read_file(stream, check_rate, max_duration, at_most)
@@ -90,12 +90,12 @@ def check_rate(rate: Any) -> int:
 
 def _samples_and_rate(raw: Any) -> tuple[Any, Any] | None:
     """The array and the rate of a raw value that holds samples; None for one that is or names a file."""
-    if isinstance(raw, Mapping) and "array" in raw:
+    if isinstance(raw, Mapping) and raw.get("array") is not None:  # such a dict names its file beside
         value = cast("Mapping[str, Any]", raw)
         if value.get("sampling_rate") is None:
             raise BadSampleError("no sampling rate", f'a dict of {", ".join(map(str, value))}; add "sampling_rate"')
         return value["array"], value["sampling_rate"]
-    if isinstance(raw, (tuple, list)) and len(raw) == 2 and _is_array(raw[0]):
+    if isinstance(raw, (tuple, list)) and len(raw) == 2 and _is_array(raw[0]) and not _is_array(raw[1]):
         return raw[0], raw[1]
     all_samples = getattr(raw, "get_all_samples", None)  # of torchcodec.decoders.AudioDecoder
     if callable(all_samples):
