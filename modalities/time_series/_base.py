@@ -94,21 +94,7 @@ class SeriesEncoder(Encoder):
 
     def collate(self, items: Sequence[Inputs]) -> Inputs:
         """Pad on the right: ``values`` and ``observed`` [B, L, C], ``times`` and ``valid`` [B, L]."""
-        length = max((len(item["times"]) for item in items), default=1)
-        widest = max((item["values"].shape[1] for item in items), default=1)
-        batch = {
-            "values": torch.zeros(len(items), length, widest),
-            "observed": torch.zeros(len(items), length, widest, dtype=torch.bool),
-            "times": torch.zeros(len(items), length),
-            "valid": torch.zeros(len(items), length, dtype=torch.bool),
-        }
-        for row, item in enumerate(items):
-            steps, channels = item["values"].shape
-            batch["values"][row, :steps, :channels] = item["values"]
-            batch["observed"][row, :steps, :channels] = item["observed"]
-            batch["times"][row, :steps] = item["times"]
-            batch["valid"][row, :steps] = True
-        return batch
+        return pad(items, max((len(item["times"]) for item in items), default=1))
 
     def length(self, item: Inputs) -> int:
         """The number of steps."""
@@ -119,7 +105,8 @@ class SeriesEncoder(Encoder):
         made = []
         for i in range(n):
             channels = 1 + (seed + i) % 3 if self.channels == "any" else self.channels
-            length = min(5 + (i * 37 + seed * 11) % 90, self.max_length)
+            length = 5 + (i * 37 + seed * 11) % 90
+            length = min(length, self.max_length) if self.cut == "refuse" else length
             made.append(_EXAMPLES[i % len(_EXAMPLES)](_waves(length, channels, seed * 31 + i)))
         return made
 
@@ -152,6 +139,25 @@ class SeriesEncoder(Encoder):
             "int64": (wave * 1e6).astype(np.int64) << 32,
             "longer than max_length": _waves(self.max_length + 1, channels, seed) if self.max_length < 10_000 else wave,
         }
+
+
+def pad(items: Sequence[Inputs], length: int, *, left: bool = False) -> Inputs:
+    """Stack prepared series into one batch of ``length`` steps; padding is zero, neither valid nor observed."""
+    widest = max((item["values"].shape[1] for item in items), default=1)
+    batch = {
+        "values": torch.zeros(len(items), length, widest),
+        "observed": torch.zeros(len(items), length, widest, dtype=torch.bool),
+        "times": torch.zeros(len(items), length),
+        "valid": torch.zeros(len(items), length, dtype=torch.bool),
+    }
+    for row, item in enumerate(items):
+        steps, channels = item["values"].shape
+        place = slice(length - steps, length) if left else slice(0, steps)
+        batch["values"][row, place, :channels] = item["values"]
+        batch["observed"][row, place, :channels] = item["observed"]
+        batch["times"][row, place] = item["times"]
+        batch["valid"][row, place] = True
+    return batch
 
 
 def _waves(length: int, channels: int, seed: int) -> np.ndarray:
