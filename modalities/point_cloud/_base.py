@@ -69,7 +69,7 @@ class PointEncoder(Encoder):
 
     def preview(self, raw: Any) -> Image.Image:
         """The cloud as a person sees it, from a little above."""
-        return render(decode(raw, columns=self.preprocess.columns, samples=4096))
+        return render(thin(decode(raw, columns=self.preprocess.columns, samples=4096), 50_000, 0))
 
     def prepare(self, raw: Any, *, view: View | None = None, seed: int = 0) -> Inputs:
         """One cloud to ``points`` float32 [n, 3] and its features; see `decode` for what a cloud may be.

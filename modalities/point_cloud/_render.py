@@ -22,7 +22,7 @@ def render(cloud: Cloud, size: int = 224) -> Image.Image:
     """
     centre = (cloud.points.max(0) + cloud.points.min(0)) / 2
     points = cloud.points - centre
-    reach = np.abs(points).max()
+    reach = np.sqrt((points**2).sum(1).max())
     points = points / reach if reach > 0 else points
     x, y, z = points.T
     across = x * math.cos(_TURN) + z * math.sin(_TURN)
@@ -30,7 +30,7 @@ def render(cloud: Cloud, size: int = 224) -> Image.Image:
     up = y * math.cos(_TILT) - away * math.sin(_TILT)
     depth = y * math.sin(_TILT) + away * math.cos(_TILT)  # towards the viewer
     radius = 1 if len(points) > 1500 else 2
-    scale = (size / 2 - radius - 1) / math.sqrt(3)
+    scale = size / 2 - radius - 1
     columns = np.rint(size / 2 + across * scale).astype(int)
     rows = np.rint(size / 2 - up * scale).astype(int)
     span = np.ptp(depth)

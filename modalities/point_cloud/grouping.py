@@ -1,8 +1,7 @@
 """Farthest point sampling and nearest neighbours over padded batches of points, in plain torch.
 
-Both are exact and give the same indices on every device and in any batch: distances are sums of three squares of
-differences, always in the same order (an expansion through a matrix product would round otherwise in another shape),
-and equal distances go to the lowest index.
+Both are exact and give the same indices in any batch: distances are sums of squares of differences, rounded alike
+whatever the shape (an expansion through a matrix product is not), and equal distances go to the lowest index.
 """
 
 from __future__ import annotations
@@ -62,12 +61,13 @@ def nearest(queries: Tensor, points: Tensor, valid: Tensor, k: int) -> Tensor:
     """
     (B, N), Q = valid.shape, queries.shape[1]
     k = min(k, N)
-    axes, ends = _axes(points, valid), queries.float().permute(2, 0, 1)
+    points, queries = points.float(), queries.float()
     index = torch.arange(N, device=points.device)
     step = max(1, _CHUNK // max(1, B * N))
     parts: list[Tensor] = [torch.empty(B, 0, k, dtype=torch.long, device=points.device)]
     for start in range(0, Q, step):
-        distance = _squared(axes[:, :, None], ends[:, :, start : start + step, None])
+        ends = queries[:, start : start + step].contiguous()
+        distance = torch.cdist(ends, points, compute_mode="donot_use_mm_for_euclid_dist")
         # The bits of a float that is not negative sort as it does; below them the index makes every key unique.
         keys = (distance.view(torch.int32).long() << 32) | index
         keys = keys.masked_fill_(~valid[:, None], _PAST_ALL).topk(k, dim=2, largest=False).values
@@ -94,10 +94,6 @@ def _centroid(axes: Tensor, valid: Tensor) -> Tensor:
 
 
 def _squared(axes: Tensor, ends: Tensor) -> Tensor:
-    """Squared distances: the sum over the first axis, in order, of squares of differences."""
-    difference = axes[0] - ends[0]
-    total = difference * difference
-    for a, b in zip(axes[1:], ends[1:], strict=True):
-        difference = a - b
-        total = total + difference * difference
-    return total
+    """Squared distances [B, N] of [3, B, N] and [3, B, 1]."""
+    x, y, z = axes - ends
+    return x * x + y * y + z * z
