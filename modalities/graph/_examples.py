@@ -35,7 +35,7 @@ class _Draws:
 
     def floats(self, rows: int, width: int) -> NDArray[np.float32]:
         cells = [self.below(2_001) - 1_000 for _ in range(rows * width)]
-        return np.array(cells, np.float32).reshape(rows, width) / 500
+        return (np.array(cells) / 500).astype(np.float32).reshape(rows, width)
 
     def categories(self, rows: int, sizes: tuple[int, ...]) -> NDArray[np.int64]:
         return np.array([[self.below(size) for size in sizes] for _ in range(rows)], np.int64).reshape(rows, len(sizes))

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,14 +39,14 @@ class GraphGNN(GraphEncoder):
     class Config(Reading):
         """Fields of a ``graph-gnn``, beside how graphs are read.
 
-        conv: ``gin`` (arXiv:1810.00826; with edge features GINE, arXiv:1905.12265), ``gcn`` (arXiv:1609.02907), ``sage``
-        (arXiv:1706.02216) or ``gat`` (arXiv:1710.10903). gcn and sage see no edge features (of molecules neither the
-        bonds' kinds), and gcn sees edge weights. width: D. depth: number of blocks. heads: of gat; must divide
-        ``width``. residual: add a block's input to its output. norm: of a block's nodes, one by one (``layer``) or over
-        each graph (``graph``, GraphNorm, arXiv:2009.03294); neither depends on other graphs of the batch. jump: jumping
-        knowledge (arXiv:1806.03536): the last block's output, the highest of all blocks, or all joined and mapped to
-        ``width``. dropout: probability, at each block's end. checkpoint: a ``.safetensors`` file of weights of a
-        ``graph-gnn`` of this config, or of a saved model that has one.
+        conv: ``gin`` (arXiv:1810.00826; with edge features GINE, arXiv:1905.12265), ``gcn`` (arXiv:1609.02907),
+        ``sage`` (arXiv:1706.02216) or ``gat`` (arXiv:1710.10903). gcn and sage see no edge features, of molecules not
+        even the kinds of bonds; gcn alone sees edge weights. width: D. depth: number of blocks. heads: of gat; must
+        divide ``width``. residual: add a block's input to its output. norm: of a block's nodes, one by one (``layer``)
+        or over each graph (``graph``, GraphNorm, arXiv:2009.03294); neither depends on other graphs of the batch. jump:
+        jumping knowledge (arXiv:1806.03536): the last block's output, the highest of all blocks, or all joined and
+        mapped to ``width``. dropout: probability, at each block's end. checkpoint: a ``.safetensors`` file of weights
+        of a ``graph-gnn`` of this config, or of a saved model that has one.
         """
 
         conv: Literal["gin", "gcn", "sage", "gat"] = "gin"

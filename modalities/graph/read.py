@@ -141,6 +141,7 @@ def _from_mapping(raw: Mapping[str, Any], how: Reading) -> Listed:
         raise BadSampleError("not a graph", f"needs one of edge_index, edges and adjacency; it has the keys: {keys}")
     form = forms[0]
     given = {role: _first(raw, names) for role, names in _NAMES.items()}
+    given = {role: None if value is None else numbers(value, role) for role, value in given.items()}
     nodes, values = None, None
     if form == "adjacency":
         edges, nodes, values = _from_adjacency(raw["adjacency"])
@@ -176,14 +177,12 @@ def _from_networkx(raw: Any, how: Reading) -> Listed:
     node_rows = [raw.nodes[name] for name in ids]
     edge_rows = [edge[2] for edge in listed]
     edges = np.array([(place[u], place[v]) for u, v, _ in listed], np.int64).reshape(-1, 2)
-    n, e = len(ids), len(edges)
 
     def pick(rows: list[Any], names: tuple[str, ...], expected: Any, noun: str) -> Any:
         return columns(_attributes(rows, names, noun) if names else None, expected, len(rows), noun, extra=how.extra)
 
-    assert len(node_rows) == n and len(edge_rows) == e
     return Listed(
-        n=n,
+        n=len(ids),
         edges=edges,
         features=pick(node_rows, how.node_attributes, how.node_features, "node"),
         categories=pick(node_rows, how.node_labels, how.node_sizes, "node"),
@@ -217,8 +216,9 @@ def _from_adjacency(matrix: Any) -> tuple[NDArray[np.int64], int, NDArray[Any]]:
     else:
         dense = numbers(matrix, "adjacency")
         shape = dense.shape
-        row, column = np.nonzero(dense) if dense.ndim == 2 else (np.zeros(0), np.zeros(0))
-        values = dense[row, column] if dense.ndim == 2 else dense
+        flat = np.flatnonzero(dense)
+        row, column = np.divmod(flat, max(shape[-1:], default=1))
+        values = dense.ravel()[flat]
     if len(shape) != 2 or shape[0] != shape[1]:
         raise BadSampleError("edge shape", f"adjacency has shape {tuple(shape)}, not [n, n]")
     if not np.isfinite(values).all():
@@ -259,7 +259,7 @@ def _count_nodes(stated: Any, nodes: int | None, arrays: list[Any], edges: NDArr
         counts["num_nodes"] = int(value.reshape(()))
     for array in arrays:
         if array is not None:
-            counts["rows of node features"] = len(array) if hasattr(array, "__len__") else 0
+            counts["rows of node features"] = len(np.atleast_1d(array))
     if len(set(counts.values())) > 1:
         raise BadSampleError("node count", ", ".join(f"{name}: {count}" for name, count in counts.items()))
     n = next(iter(counts.values())) if counts else int(edges.max(initial=-1)) + 1
