@@ -88,6 +88,11 @@ class GraphGNN(GraphEncoder):
         if config.checkpoint is not None and files is None:
             load_checkpoint(self, Path(config.checkpoint))
 
+    def save_files(self, folder: Path) -> None:
+        """With a ``checkpoint``, note that the saved state has its weights: the file is then not looked for again."""
+        if self.config.checkpoint is not None:
+            (folder / "checkpoint.txt").write_text(f"{Path(self.config.checkpoint).name}\n", encoding="utf-8")
+
     def tokenize(self, inputs: Inputs) -> Tokens:
         """Embedded nodes [B, N, D], with their edges in the grid."""
         return self.tokens(inputs, self.node_embedding(inputs))
