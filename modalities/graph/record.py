@@ -36,7 +36,7 @@ class Graph:
     Attributes:
         nodes: int64 [n]; where each node stood in the raw graph (sub-graphs have gaps).
         edges: int64 [e, 2], indices into ``nodes``; an undirected edge is there twice, once each way.
-        edge_ids: int64 [e]; both ways of one edge have the same number.
+        edge_ids: int64 [e]; both ways of one edge have the same number, and every number is less than e.
         edge_types: int64 [e]; `UNDIRECTED`, `FORWARD` or `REVERSE`.
         features: float32 [n, F], or None. categories: int64 [n, K], or None.
         edge_features: float32 [e, F'], or None. edge_categories: int64 [e, K'], or None; -1 is unknown.
@@ -63,7 +63,7 @@ class Graph:
         return len(self.nodes)
 
     def induced(self, keep: NDArray[np.int64]) -> Graph:
-        """The sub-graph of the nodes at ``keep``, in that order, and of the edges between them."""
+        """The sub-graph of the nodes at ``keep``, in that order, and of the edges between them, numbered anew."""
         moved = np.full(len(self.nodes), -1)
         moved[keep] = np.arange(len(keep))
         edges = moved[self.edges]
@@ -76,7 +76,7 @@ class Graph:
             self,
             nodes=self.nodes[keep],
             edges=edges[stay],
-            edge_ids=self.edge_ids[stay],
+            edge_ids=np.unique(self.edge_ids[stay], return_inverse=True)[1].reshape(-1),
             edge_types=self.edge_types[stay],
             features=cut(self.features, keep),
             categories=cut(self.categories, keep),
