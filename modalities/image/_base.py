@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mmrep.config import config, parse
 from mmrep.encoder import BadSampleError, Encoder
+from mmrep.modalities.image._examples import examples, oddities
 from mmrep.modalities.image.decode import MAX_PIXELS, decode
 from mmrep.tokens import Inputs
 from mmrep.views import View
@@ -162,31 +163,8 @@ class ImageEncoder(Encoder):
 
     def examples(self, n: int, seed: int) -> list[Any]:
         """Pictures of odd sizes and several kinds: RGB, grey, RGBA, 16-bit grey array, palette, float tensor."""
-        return [
-            _EXAMPLES[i % len(_EXAMPLES)](_pattern(37 + 11 * (i % 3), 29 + 7 * (i % 5), seed * 31 + i))
-            for i in range(n)
-        ]
+        return examples(n, seed)
 
-
-def _pattern(width: int, height: int, seed: int) -> np.ndarray:
-    """A smooth picture, uint8 [height, width, 4], by integer arithmetic alone: the same on every machine."""
-    y, x = np.mgrid[:height, :width].astype(np.int64)
-    waves = []
-    for channel in range(4):
-        step = 3 + (seed * 5 + channel * 7) % 11
-        phase = (seed * 97 + channel * 61) % 512
-        ramp = (x * step + y * (14 - step) + phase) % 512
-        waves.append(np.where(ramp < 256, ramp, 511 - ramp))
-    disc = (2 * x - width) ** 2 + (2 * y - height) ** 2 < (min(width, height) * (3 + seed % 4) // 8) ** 2
-    waves[seed % 3] = np.where(disc, 255 - waves[seed % 3], waves[seed % 3])
-    return np.stack(waves, -1).astype(np.uint8)
-
-
-_EXAMPLES: tuple[Callable[[np.ndarray], Any], ...] = (
-    lambda p: Image.fromarray(p[:, :, :3]),
-    lambda p: Image.fromarray(p[:, :, 0]),
-    lambda p: Image.fromarray(p),
-    lambda p: p[:, :, 1].astype(np.uint16) * 257,
-    lambda p: Image.fromarray(p[:, :, :3]).quantize(16),
-    lambda p: torch.from_numpy(p[:, :, :3].copy()).permute(2, 0, 1).float() / 255,
-)
+    def oddities(self, seed: int) -> dict[str, Any]:
+        """Pictures of no and of extreme size, odd numbers and dtypes, damaged files and what is no picture at all."""
+        return oddities(seed)

@@ -93,7 +93,7 @@ def _from_stream(stream: Any, max_pixels: int, at_least: int | None) -> Image.Im
     except _BOMBS as error:
         raise BadSampleError("too many pixels", str(error)) from error
     except _DECODER_ERRORS as error:
-        raise BadSampleError("damaged image", str(error)) from error
+        raise _unreadable(error) from error
     return _load(image, max_pixels, at_least)
 
 
@@ -111,14 +111,18 @@ def _load(image: Image.Image, max_pixels: int, at_least: int | None) -> Image.Im
     except _BOMBS as error:
         raise BadSampleError("too many pixels", str(error)) from error
     except _DECODER_ERRORS as error:
-        cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
-        raise BadSampleError("truncated image" if cut else "damaged image", str(error)) from error
+        raise _unreadable(error) from error
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         return ImageOps.exif_transpose(image) if turned else image
     except _DECODER_ERRORS as error:
         logger.debug("unreadable EXIF data ignored: %s", error)
         return image
+
+
+def _unreadable(error: Exception) -> BadSampleError:
+    cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
+    return BadSampleError("truncated image" if cut else "damaged image", str(error))
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
