@@ -51,7 +51,7 @@ class TupleConfig:
 class TuplesConfig(ObjectiveConfig):
     """tuples: of fields. loss: of ``tuple_losses``. use_group: samples of one group are no negatives of each other."""
 
-    tuples: Annotated[list[TupleConfig], Field(min_length=1)]
+    tuples: list[TupleConfig]
     loss: Annotated[Component, Of("tuple_losses")]
     use_group: bool = True
 
@@ -74,6 +74,8 @@ class Tuples(Objective):
             for i, chosen in enumerate(config.tuples)
             for problem in self._problems(chosen, model, fields)
         ]
+        if not config.tuples:
+            problems = ["objectives.tuples.tuples: none is given"]
         if problems:
             raise ConfigError(problems)
 
