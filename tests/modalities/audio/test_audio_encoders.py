@@ -266,9 +266,10 @@ def test_positions_are_those_of_the_formula():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"mels": 300, "patch": [8, 10]}, "more bands than"), ({"high": 9_000.0}, "no band within"), ({"low": 8_000.0}, "no band"),
-     ({"hop": 0.03}, "at most window"), ({"patch": [8, 7]}, "does not divide mels"), ({"heads": 3}, "does not divide width"),
-     ({"width": 30, "heads": 2}, "multiple of 4"), ({"sampling_rate": 4_000}, "8000")],
+    [({"mels": 300, "patch": [8, 10]}, "more bands than"), ({"high": 9_000.0}, "no band within"),
+     ({"low": 8_000.0}, "no band"), ({"hop": 0.03}, "at most window"), ({"patch": [8, 7]}, "does not divide mels"),
+     ({"heads": 3}, "does not divide width"), ({"width": 30, "heads": 2}, "multiple of 4"),
+     ({"sampling_rate": 4_000}, "8000")],
 )  # fmt: skip
 def test_impossible_configs(fields: dict, message: str):
     with pytest.raises(ConfigError, match=message):
@@ -376,7 +377,8 @@ def test_importing_the_modality_loads_no_audio_library():
 
     modules = ("decode", "spectrogram", "wave", "hf", "views")
     lines = "; ".join(f"import mmrep.modalities.audio.{name}" for name in modules)
-    code = f"{lines}; import sys; print([m for m in ('torchaudio', 'soundfile', 'av', 'transformers') if m in sys.modules])"
+    heavy = "('torchaudio', 'soundfile', 'av', 'transformers')"
+    code = f"{lines}; import sys; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -97,7 +97,7 @@ def test_padding_changes_the_librarys_own_base_models(hf_audio_folder: Folder):
     waves = clips(16_000)
     batch = library(hf_audio_folder("wav2vec2"), waves, padding=True).last_hidden_state
     alone = library(hf_audio_folder("wav2vec2"), waves[2:]).last_hidden_state
-    assert (batch[2, : alone.shape[1]] - alone[0]).abs().max() > 0.05
+    assert (batch[2, : alone.shape[1]] - alone[0]).abs().max() > 0.01
 
 
 def test_standardising_is_the_extractors(hf_audio_folder: Folder):
@@ -144,7 +144,7 @@ def test_whisper_marks_the_frames_of_the_clip(hf_audio_folder: Folder):
 
 @pytest.mark.parametrize("projection", [True, False])
 def test_clap_equals_the_librarys_batch(projection: bool, hf_audio_folder: Folder):
-    waves = clips(48_000, (0.3, 0.55, 0.1, 1.0))
+    waves = clips(48_000, (0.3, 0.55, 0.1, 0.9))
     expected = library(hf_audio_folder("clap"), waves, transformers.ClapAudioModelWithProjection)
     encoder = build(hf_audio_folder("clap"), projection=projection)
     out = run(encoder, waves)
@@ -206,13 +206,13 @@ def test_other_rates_and_stereo_are_converted(kind: str, hf_audio_folder: Folder
     encoder = build(hf_audio_folder(kind))
     rate = 48_000 if kind.startswith("clap") else 16_000
     assert encoder.preprocess.sampling_rate == rate
-    t = np.arange(22_050) / 22_050
+    t = np.arange(11_025) / 22_050
     sound = 0.4 * np.sin(2 * np.pi * 500 * t)
     stereo = encoder.prepare((np.stack([2 * sound, 0 * sound]), 22_050))
     mono = encoder.prepare((sound, 22_050))
     for key, value in mono.items():
         torch.testing.assert_close(stereo[key], value, rtol=1e-3, atol=1e-3)
-    assert round(float(mono["seconds"]) if "seconds" in mono else mono["wave"].shape[1] / rate, 2) == 1.0
+    assert round(float(mono["seconds"]) if "seconds" in mono else mono["wave"].shape[1] / rate, 2) == 0.5
 
 
 @pytest.mark.parametrize("kind", ["ast", "wav2vec2"])
