@@ -186,7 +186,11 @@ class CLAPTrunk(MelTrunk):
             return {"features": self._fused(wave, frames), "longer": torch.tensor([True])}
         if not self.fusion:
             wave = wave[:longest]
-        return {"features": self._extracted(wave)["input_features"][0].float(), "longer": torch.tensor([False])}
+        # Not the extractor's own call, which draws a random number to mark a short clip as long.
+        mel, _ = self.extractor._get_input_mel(
+            wave.astype(np.float64), longest, self.extractor.truncation, self.extractor.padding
+        )
+        return {"features": torch.from_numpy(mel).float(), "longer": torch.tensor([False])}
 
     def _fused(self, wave: np.ndarray, frames: int) -> Tensor:
         """A long clip: its spectrogram shrunk to the window, and the middle of each third of where a window fits."""

@@ -137,7 +137,9 @@ def _one_blank(tokens: Tokens) -> Tokens:
     N, C = grid.coords.shape[1:]
     flags = torch.ones(1, N, dtype=torch.bool, device=values.device)
     special = torch.zeros_like(flags)
-    return Tokens(values.new_zeros(1, N, values.shape[2]) + values.sum(), Grid(grid.coords.new_zeros(1, N, C), flags, special))
+    return Tokens(
+        values.new_zeros(1, N, values.shape[2]) + values.sum(), Grid(grid.coords.new_zeros(1, N, C), flags, special)
+    )
 
 
 def _empty(encoding: Encoding) -> Encoding:

@@ -74,7 +74,8 @@ def test_forms_of_a_file(form: str, tmp_path):
 
     forms = {
         "path": path, "str": str(path), "file url": path.as_uri(), "bytes": raw, "file": io.BytesIO(raw),
-        "data url": "data:audio/wav;base64," + base64.b64encode(raw).decode(), "bytes dict": {"bytes": raw, "path": None},
+        "data url": "data:audio/wav;base64," + base64.b64encode(raw).decode(),
+        "bytes dict": {"bytes": raw, "path": None},
         "path dict": {"bytes": None, "path": str(path)}, "pipe": Pipe(raw),
     }  # fmt: skip
     clip = decode(forms[form])
@@ -196,6 +197,8 @@ def test_odd_files(tmp_path):
     assert cause("https://example.org/a.wav") == "url"
     assert cause(tmp_path / "none.wav") == "missing file"
     assert cause(tmp_path) == "unreadable file"
+    wav = file_bytes(TONE, 16_000, "WAV", "PCM_16")
+    assert torch.equal(decode(wav[:3044]).values, SCALED[:1, :1500])  # a cut WAV file is read as far as it goes
     closed = io.BytesIO(flac)
     closed.close()
     assert cause(closed) == "unreadable file"
