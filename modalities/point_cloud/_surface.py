@@ -106,8 +106,9 @@ def _colors(part: Any) -> tuple[str | None, np.ndarray]:
     if kind == "texture":
         colors = visual.to_color().vertex_colors[..., :3]
         return "vertex", np.broadcast_to(colors, (len(part.vertices), 3)) / 255.0
-    if kind in ("vertex", "face"):
-        return kind, getattr(visual, f"{kind}_colors")[:, :3] / 255.0
+    colors = getattr(visual, f"{kind}_colors", None) if kind in ("vertex", "face") else None
+    if colors is not None and np.ndim(colors) == 2:  # a PointCloud without colours says "vertex", and has one for none
+        return kind, colors[:, :3] / 255.0
     return None, np.zeros((0, 3))
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_CHUNK = 1 << 22  # distances held at once by `nearest`: 17 MB, and twice that for their keys
+# Distances held at once by `nearest`: what stays in a processor's cache, or keeps an accelerator busy.
+_CHUNK, _CHUNK_ON_DEVICE = 1 << 18, 1 << 24
 _PAST_ALL = torch.iinfo(torch.int64).max
 
 
@@ -33,15 +34,14 @@ def farthest_points(points: Tensor, valid: Tensor, count: int) -> Tensor:
     axes = _axes(points, valid)
     blocked = torch.where(valid, torch.inf, -1.0)  # an upper bound of what a point's distance may be
     gap = torch.minimum(_squared(axes, _centroid(axes, valid)), blocked)
-    nearest = blocked
-    chosen = torch.empty(B, count, dtype=torch.long, device=points.device)
-    for i in range(count):
-        best = gap.argmax(1, keepdim=True)  # the first of equals
-        chosen[:, i : i + 1] = torch.where(gap.gather(1, best) < 0, -1, best)
-        place = axes.gather(2, best[None].expand(3, -1, -1))
-        nearest = torch.minimum(nearest, _squared(axes, place)).scatter_(1, best, -1.0)
-        gap = nearest
-    return chosen
+    nearest, chosen, gaps = blocked, [torch.empty(B, 0, dtype=torch.long, device=points.device)], [gap[:, :0]]
+    for _ in range(count):
+        furthest, best = gap.max(1, keepdim=True)  # the first of equals
+        chosen.append(best)
+        gaps.append(furthest)
+        place = axes.gather(2, best.expand(3, -1, -1))
+        nearest = gap = torch.minimum(nearest, _squared(axes, place)).scatter_(1, best, -1.0)
+    return torch.cat(chosen, 1).masked_fill_(torch.cat(gaps, 1) < 0, -1)
 
 
 @torch.no_grad()
@@ -63,13 +63,13 @@ def nearest(queries: Tensor, points: Tensor, valid: Tensor, k: int) -> Tensor:
     k = min(k, N)
     points, queries = points.float(), queries.float()
     index = torch.arange(N, device=points.device)
-    step = max(1, _CHUNK // max(1, B * N))
+    step = max(1, (_CHUNK if points.device.type == "cpu" else _CHUNK_ON_DEVICE) // max(1, B * N))
     parts: list[Tensor] = [torch.empty(B, 0, k, dtype=torch.long, device=points.device)]
     for start in range(0, Q, step):
         ends = queries[:, start : start + step].contiguous()
         distance = torch.cdist(ends, points, compute_mode="donot_use_mm_for_euclid_dist")
         # The bits of a float that is not negative sort as it does; below them the index makes every key unique.
-        keys = (distance.view(torch.int32).long() << 32) | index
+        keys = distance.view(torch.int32).long().bitwise_left_shift_(32).bitwise_or_(index)
         keys = keys.masked_fill_(~valid[:, None], _PAST_ALL).topk(k, dim=2, largest=False).values
         parts.append(torch.where(keys == _PAST_ALL, -1, keys & 0xFFFFFFFF))
     return torch.cat(parts, dim=1)
@@ -95,5 +95,6 @@ def _centroid(axes: Tensor, valid: Tensor) -> Tensor:
 
 def _squared(axes: Tensor, ends: Tensor) -> Tensor:
     """Squared distances [B, N] of [3, B, N] and [3, B, 1]."""
-    x, y, z = axes - ends
-    return x * x + y * y + z * z
+    difference = axes - ends
+    x, y, z = difference.mul_(difference)
+    return x.add_(y).add_(z)

@@ -44,7 +44,7 @@ class PointPatch(PointEncoder):
         """
 
         groups: Annotated[int, Field(ge=1)] = 64
-        neighbors: Annotated[int, Field(ge=1)] = 32
+        neighbors: Annotated[int, Field(ge=2)] = 32
         point_width: Annotated[int, Field(ge=1)] = 64
         width: Annotated[int, Field(ge=1)] = 192
         depth: Annotated[int, Field(ge=1)] = 6

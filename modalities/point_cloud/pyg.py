@@ -44,7 +44,7 @@ class PyGPoints(PointEncoder):
 
         network: Literal["pointnet", "dgcnn", "point-transformer"] = "pointnet"
         groups: Annotated[int, Field(ge=1)] = 32
-        neighbors: Annotated[int, Field(ge=1)] = 16
+        neighbors: Annotated[int, Field(ge=2)] = 16
         width: Annotated[int, Field(ge=2)] = 128
         checkpoint: str | None = None
 
