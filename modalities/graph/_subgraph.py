@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mmrep.modalities.graph.record import UNDIRECTED, Graph
+
+Matrix = NDArray[Any]
+"""float64 [n, n]."""
 
 
 def hops(graph: Graph, steps: int, generator: np.random.Generator) -> NDArray[np.int64]:
@@ -52,7 +56,7 @@ def walk(graph: Graph, share: float, restart: float, generator: np.random.Genera
     return np.array(sorted(met), np.int64)
 
 
-def ppr(links: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
+def ppr(links: Matrix, alpha: float) -> Matrix:
     """Personalised PageRank, alpha (I - (1 - alpha) T)^-1 (MVGRL, arXiv:2006.05582, equation 3): [n, n].
 
     T is the adjacency matrix with a self-loop added at every node, divided by the roots of both ends' degrees.
@@ -60,11 +64,10 @@ def ppr(links: NDArray[np.float64], alpha: float) -> NDArray[np.float64]:
     return alpha * np.linalg.inv(np.eye(len(links)) - (1 - alpha) * _transition(links))
 
 
-def heat(links: NDArray[np.float64], time: float) -> NDArray[np.float64]:
+def heat(links: Matrix, time: float) -> Matrix:
     """The heat kernel exp(-time (I - T)) (arXiv:2006.05582, equation 4): [n, n]; T as in `ppr`."""
     values, vectors = np.linalg.eigh(_transition(links))
-    spread: NDArray[np.float64] = (vectors * np.exp(time * (values - 1))) @ vectors.T
-    return spread
+    return (vectors * np.exp(time * (values - 1))) @ vectors.T
 
 
 def diffuse(graph: Graph, kind: str, parameter: float, threshold: float) -> Graph:
@@ -90,7 +93,7 @@ def diffuse(graph: Graph, kind: str, parameter: float, threshold: float) -> Grap
         source[b, a] = row if source[b, a] < 0 else source[b, a]
     old = source[edges[:, 0], edges[:, 1]]
 
-    def carry(values: NDArray | None, fill: int) -> NDArray | None:
+    def carry(values: NDArray[Any] | None, fill: int) -> NDArray[Any] | None:
         if values is None:
             return None
         out = np.full((len(edges), values.shape[1]), fill, values.dtype)
@@ -109,7 +112,7 @@ def diffuse(graph: Graph, kind: str, parameter: float, threshold: float) -> Grap
     )
 
 
-def _transition(links: NDArray[np.float64]) -> NDArray[np.float64]:
+def _transition(links: Matrix) -> Matrix:
     looped = links + np.eye(len(links))
-    scale: NDArray[np.float64] = 1 / np.sqrt(looped.sum(1))
+    scale = 1 / np.sqrt(looped.sum(1))
     return scale[:, None] * looped * scale[None, :]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -127,7 +128,8 @@ class GraphGNN(GraphEncoder):
         else:
             out = conv(values, packed.edges)
         if self.config.norm == "graph":
-            out = norm(out.float(), packed.graph, packed.graphs)
+            exact = out if out.dtype == torch.float64 else out.float()  # its statistics overflow in half precision
+            out = norm(exact, packed.graph, packed.graphs)
         else:
             out = norm(out)
         out = F.dropout(F.relu(out), self.config.dropout, self.training)
