@@ -85,32 +85,50 @@ class Overrides:
         return parse(Preprocess, merged, f"preprocessing of {name}")
 
 
-def fit_square(image: Image.Image, how: Preprocess) -> Image.Image:
+def fit_square(image: Image.Image, how: Preprocess, chosen: int | None = None) -> Image.Image:
     """Resize ``image`` to a square of ``how.size``; an image of that size comes back as it is.
 
     Roundings are torchvision's (``Resize``, then ``CenterCrop``), so that pretrained encoders see what they were
     trained on.
 
+    Args:
+        image: the picture.
+        how: the preprocessing.
+        chosen: a view has chosen what is seen: make it a square of this side and cut nothing off.
+
     Raises:
         BadSampleError: it is so long and thin that the resized picture would exceed ``how.max_pixels``.
     """
-    side = math.floor(how.size / how.crop_share)
-    if how.resize == "squash":
-        width = height = side
-    else:
-        short = min(image.size)
-        width, height = (side if edge == short else int(side * edge / short) for edge in image.size)
-    if width * height > how.max_pixels:
-        raise BadSampleError(
-            "extreme shape", f"{image.size} pixels, which resized to {side} on the shorter side is too large"
-        )
+    size, (width, height) = chosen or how.size, resized(*image.size, how, chosen)
     if (width, height) != image.size:
         gap = 3.0 if how.fast_resize else None
         image = image.resize((width, height), _FILTERS[how.interpolation], reducing_gap=gap)
-    if (width, height) == (how.size, how.size):
+    if (width, height) == (size, size):
         return image
-    left, top = (round((edge - how.size) / 2) for edge in (width, height))
-    return image.crop((left, top, left + how.size, top + how.size))
+    left, top = (round((edge - size) / 2) for edge in (width, height))
+    return image.crop((left, top, left + size, top + size))
+
+
+def resized(width: int, height: int, how: Preprocess, chosen: int | None) -> tuple[int, int]:
+    """Width and height before the centre is cut out; see `fit_square`."""
+    if chosen is not None:
+        return chosen, chosen
+    side = math.floor(how.size / how.crop_share)
+    if how.resize == "squash":
+        return side, side
+    short = min(width, height)
+    wide, high = (side if edge == short else int(side * edge / short) for edge in (width, height))
+    if wide * high > how.max_pixels:
+        raise BadSampleError(
+            "extreme shape", f"{width} x {height} pixels, which resized to {side} on the shorter side is too large"
+        )
+    return wide, high
+
+
+def chosen_size(view: View | None, size: int) -> int | None:
+    """The side that a view wants its result to have (``size`` where it leaves that to the encoder), None if no wish."""
+    wish: int | None = getattr(view, "size", 0)
+    return size if wish is None else wish or None
 
 
 class ImageEncoder(Encoder):
@@ -143,6 +161,8 @@ class ImageEncoder(Encoder):
     def prepare(self, raw: Any, *, view: View | None = None, seed: int = 0) -> Inputs:
         """One picture to ``{"pixels": uint8 [3, size, size]}``; see `decode` for what a picture may be.
 
+        ``size`` is that of a view that has one (a crop), else of the preprocessing.
+
         Raises:
             BadSampleError: the picture cannot be read.
         """
@@ -153,7 +173,7 @@ class ImageEncoder(Encoder):
         image = decode(raw, background=how.background, max_pixels=how.max_pixels, at_least=at_least)
         if view is not None:
             image = view.sample(image, seed)
-        pixels = np.array(fit_square(image, how))
+        pixels = np.array(fit_square(image, how, chosen_size(view, how.size)))
         return {"pixels": torch.from_numpy(pixels).permute(2, 0, 1).contiguous()}
 
     def normalize(self, pixels: Tensor) -> Tensor:
