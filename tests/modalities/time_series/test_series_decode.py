@@ -85,7 +85,7 @@ STAMPS = [datetime(2024, 2, 28) + timedelta(days=i) for i in range(3)]
     (TABLE.set_index(pd.to_timedelta(["1h", "2h", "3h"])), [0, 3600, 7200]),
     (TABLE.set_index(DAYS).to_csv().encode(), [0, DAY, 2 * DAY]),
     (TABLE.set_index(DAYS).to_csv(header=False).encode(), [0, DAY, 2 * DAY]),
-    (b"Time,a,b\n1,1,10\n3,2,\n4,3.5,-30\n", [0, 2, 3]),
+    ("\ufeffTime,a,b\n1,1,10\n3,2,\n4,3.5,-30\n".encode(), [0, 2, 3]),
     (parquet(TABLE.set_index(DAYS)), [0, DAY, 2 * DAY]),
     (parquet(TABLE.assign(time=DAYS)[["time", "a", "b"]]), [0, DAY, 2 * DAY]),
 ])  # fmt: skip
@@ -138,6 +138,8 @@ def test_messages_say_where_and_how_to_mend_it():
         decode([[1, 2], [3, float("inf")]])
     with pytest.raises(BadSampleError, match="step 2 is before step 1; sort both"):
         decode({"values": [1, 2, 3], "times": [1, 5, 3]})
+    with pytest.raises(BadSampleError, match="2 columns in the first line, 3 below"):
+        decode(b"a,b\n1,2,3\n")
     with pytest.raises(BadSampleError, match="column 'c' is"):
         decode(TABLE.assign(c="x"))
 
