@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
 from mmrep.config import ConfigError, component
-from mmrep.registry import encoders
+from mmrep.registry import MissingPackageError, encoders
 from mmrep.testing import check_encoder
 
 SMALL = {"width": 32, "depth": 2}
@@ -58,6 +60,16 @@ def test_a_batch_without_any_edge_gives_every_parameter_a_gradient(name: str):
     lone = encoder.collate([encoder.prepare({"edges": [], "num_nodes": 2})] * 2)
     encoder(lone).tokens.values.square().sum().backward()
     assert [n for n, p in encoder.named_parameters() if p.grad is None] == []  # or DDP would wait for it
+
+
+@pytest.mark.parametrize(("module", "raw", "words"), [
+    ("torch_geometric.nn", None, r'pip install "mmrep\[graph\]"'),
+    ("rdkit.Chem", "CCO", r'pip install "mmrep\[molecules\]"'),
+])  # fmt: skip
+def test_an_absent_package_is_named_with_its_extra(module: str, raw: str | None, words: str, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(MissingPackageError, match=words):
+        component("encoders", "graph-gnn", **SMALL, input="molecule").build().prepare(raw)
 
 
 def test_examples_are_ragged_and_of_every_raw_form():

@@ -206,6 +206,11 @@ def test_values_of_an_adjacency_matrix_are_the_edge_feature_if_one_is_expected()
         read({"adjacency": lopsided}, Reading(edge_features=1))
 
 
+def test_zeros_that_a_sparse_matrix_stores_are_no_edges():
+    stored = scipy.sparse.coo_array(([1.0, 1.0, 0.0, 0.0], ([0, 1, 1, 2], [1, 0, 2, 1])), shape=(3, 3))
+    assert ways(read({"adjacency": stored}, Reading())) == [(0, 1), (1, 0)]
+
+
 def test_the_number_of_nodes_is_that_of_the_features_or_the_last_one_named():
     assert len(read({"edges": PAIRS}, Reading())) == 4
     assert len(read({"edges": PAIRS, "x": np.zeros((6, 1))}, Reading(node_features=1))) == 6
