@@ -184,8 +184,6 @@ class CLAPTrunk(MelTrunk):
         frames = longest // self.extractor.hop_length + 1
         if self.fusion and 1 + len(wave) // self.extractor.hop_length > frames:
             return {"features": self._fused(wave, frames), "longer": torch.tensor([True])}
-        if not self.fusion:
-            wave = wave[:longest]
         # Not the extractor's own call, which draws a random number to mark a short clip as long.
         mel, _ = self.extractor._get_input_mel(
             wave.astype(np.float64), longest, self.extractor.truncation, self.extractor.padding

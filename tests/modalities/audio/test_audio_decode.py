@@ -12,8 +12,9 @@ import soundfile
 import torch
 
 from mmrep import BadSampleError
+from mmrep.modalities.audio import _files as files
 from mmrep.modalities.audio._signals import file_bytes, signal
-from mmrep.modalities.audio.decode import Waveform, decode, mix
+from mmrep.modalities.audio.decode import Waveform, check_rate, decode, mix
 
 TONE = signal("tone", 3000, 1)
 STEREO = np.stack([TONE, signal("chirp", 3000, 2)])
@@ -252,7 +253,7 @@ def test_the_sound_of_a_video(form: str, codec: str, rate: int, picture: bool):
     assert abs(middle.std() - 0.5 / 2**0.5) < 0.02
 
 
-def test_odd_videos():
+def test_odd_videos(monkeypatch):
     mp4 = video_bytes("mp4", "aac", 16_000, tone(16_000, 3.0), True)
     assert cause(video_bytes("mp4", "", 16_000, None, True)) == "no audio track"
     assert cause(mp4[: len(mp4) // 2]) == "damaged audio"
@@ -262,11 +263,13 @@ def test_odd_videos():
     part = decode(mp4, at_most=0.5)
     assert part.values.shape[1] == 8000
     assert abs(decode(webm, at_most=0.5).values.shape[1] - 24_000) <= 1
+    values, _ = files.read_file(io.BytesIO(webm), check_rate, 600.0, 0.5)
+    assert values.shape[1] < 24_000 + 2 * 960, "decoding stops where no more is asked for"
+    monkeypatch.setattr(files, "_frames", lambda *a: pytest.fail("decoded"))
+    assert cause(mp4, max_duration=2.5) == "too long"
 
 
 def test_a_damaged_sound_file_asks_for_no_package(monkeypatch):
-    import mmrep.modalities.audio._files as files
-
     monkeypatch.setattr(files, "require", lambda *a: pytest.fail("asked for PyAV"))
     for raw in (b"text " * 99, file_bytes(signal("noise", 9000, 0), 16_000, "FLAC", "PCM_16")[:4000], b"RIFF"):
         with pytest.raises(BadSampleError):
