@@ -145,7 +145,7 @@ class VideoEncoder(Encoder):
         return item["times"].numel()
 
     def clip_tokens(self, inputs: Inputs) -> Tokens:
-        """Inputs of single clips, [B, T, …], to tokens, special ones in front, coordinates (seconds, …)."""
+        """Inputs of single clips, [B, T, …], to tokens, special ones in front."""
         raise NotImplementedError
 
     def encode_clips(self, tokens: Tokens, layers: Sequence[int]) -> Encoding:
@@ -171,7 +171,7 @@ class VideoEncoder(Encoder):
 
     @property
     def axes(self) -> int:
-        """How many coordinates a token of a single clip has: (seconds, row, column)."""
+        """How many coordinates a token of a single clip has: (time, row, column)."""
         return 3
 
     def examples(self, n: int, seed: int) -> list[Any]:

@@ -55,12 +55,16 @@ def apart(tokens: Tokens) -> tuple[Tokens, Places]:
     """Tokens of videos, any of which may have been dropped, to rows of single clips, [B * K, M, D]."""
     grid, (B, N, D) = tokens.grid, tokens.values.shape
     clip = grid.coords[..., 0].long()
-    clips = int(clip.max()) + 1 if clip.numel() else 1
+    if grid.shape is not None:
+        clips = grid.shape[0]
+    else:
+        clips = int(clip.max()) + 1 if clip.numel() else 1
+    cells = 0 if grid.shape is None else torch.Size(grid.shape[1:]).numel()
     own = clip[:, None] == torch.arange(clips, device=clip.device)[:, None]
     member = (own | grid.special[:, None]) & grid.valid[:, None]
     slot = member.cumsum(2) - 1
     counts = member.sum(2, keepdim=True)
-    M = int(counts.max()) if counts.numel() else N
+    M = int(counts.max()) if counts.numel() else N - (clips - 1) * cells
     order = (~member).to(torch.int8).argsort(dim=2, stable=True)[..., :M]
     index = order.masked_fill(torch.arange(M, device=clip.device) >= counts, -1).flatten(1)
     picked = grid.select(index)

@@ -84,9 +84,10 @@ class ContainerFrames:
         try:
             self._container = self.av.open(self.stream, "r", options={"format_whitelist": FORMATS})
         except self.av.FFmpegError as error:
-            words = str(error)
-            cut = "moov atom not found" in words
-            raise BadSampleError("truncated video" if cut else "not a video", words) from error
+            self.stream.seek(0)
+            if self.stream.read(12)[4:8] == b"ftyp":
+                raise BadSampleError("truncated video", f"a movie file without its index: {error}") from error
+            raise BadSampleError("not a video", str(error)) from error
         if not self._container.streams.video:
             raise BadSampleError("not a video", "it has no picture track")
         self._track = self._container.streams.video[0]

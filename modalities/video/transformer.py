@@ -27,8 +27,8 @@ class VideoTransformer(PixelEncoder):
     """Blocks of ``tubelet`` frames x ``patch`` x ``patch`` pixels to tokens, which all attend to each other.
 
     Tokens are the class token (if any), then the tubelets, time first, then in raster order. Positions, by number of
-    tubelet, row and column, are added before any token is dropped. Coordinates are (seconds, row, column): the mean
-    time of the tubelet's frames, and patches. A last tubelet that is short of frames repeats the last one. Frames of
+    tubelet, row and column, are added before any token is dropped. Coordinates are (tubelet, row, column), all
+    counted in tokens. A last tubelet that is short of frames repeats the last one. Frames of
     another size than configured are accepted if ``patch`` divides them, and more frames than configured: learned
     positions are then interpolated.
     """
@@ -91,7 +91,7 @@ class VideoTransformer(PixelEncoder):
             self.special = nn.Parameter(0.02 * torch.randn(1, 1, config.width))
 
     def clip_tokens(self, inputs: Inputs) -> Tokens:
-        """``frames`` [B, T, 3, H, W], ``times`` and ``valid`` [B, T] to tokens.
+        """``frames`` [B, T, 3, H, W] and ``valid`` [B, T] to tokens.
 
         Returns:
             Tokens [B, class + ceil(T / tubelet) * H / patch * W / patch, D].
@@ -99,19 +99,19 @@ class VideoTransformer(PixelEncoder):
         Raises:
             ValueError: ``patch`` does not divide H and W.
         """
-        frames, times, valid = _whole_tubelets(inputs, self.tubelet)
+        frames, valid = _whole_tubelets(inputs, self.tubelet)
         frames = self.normalize(frames)
         (B, _, _, H, W), side = frames.shape, self.patch
         if H % side or W % side:
             raise ValueError(f"frames of {H} x {W} cannot be cut into patches of {side}")
-        shape = (times.shape[1] // self.tubelet, H // side, W // side)
+        shape = (valid.shape[1] // self.tubelet, H // side, W // side)
         values = self.tubelets(frames.transpose(1, 2)).flatten(2).transpose(1, 2)
         values = values + self._positions(*shape).to(values.dtype)
         special = 0
         if self.special is not None:
             special = 1
             values = torch.cat([self.special.to(values.dtype).expand(B, -1, -1), values], dim=1)
-        return Tokens(values, _grid(times, valid, shape, self.tubelet, special))
+        return Tokens(values, _grid(valid, shape, self.tubelet, special))
 
     def encode_clips(self, tokens: Tokens, layers: Sequence[int]) -> Encoding:
         """Tokens to an encoding: [B, N', D], normed; the layers are block outputs, not normed."""
@@ -138,32 +138,27 @@ class VideoTransformer(PixelEncoder):
         return (time[:, :tubelets, None] + space[:, None]).flatten(1, 2)
 
 
-def _whole_tubelets(inputs: Inputs, tubelet: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Frames, times and validity, [B, T, …], with T a multiple of ``tubelet`` and the last valid frame at all padding.
+def _whole_tubelets(inputs: Inputs, tubelet: int) -> tuple[Tensor, Tensor]:
+    """Frames [B, T, …] and validity [B, T], with T a multiple of ``tubelet`` and the last valid frame at all padding.
 
     What stands at padding then does not depend on the batch, which matters for a tubelet that is valid in part.
     """
-    frames, times, valid = inputs["frames"], inputs["times"], inputs["valid"]
+    frames, valid = inputs["frames"], inputs["valid"]
     count = valid.sum(1, keepdim=True)
-    T = -(-times.shape[1] // tubelet) * tubelet
-    at = torch.arange(T, device=times.device).expand(len(times), -1)
-    valid = at < count
-    if T == times.shape[1] and bool(valid.all()):
-        return frames, times, valid
-    at = torch.minimum(at, (count - 1).clamp_min(0))
-    picked = frames.gather(1, at.view(*at.shape, 1, 1, 1).expand(-1, -1, *frames.shape[2:]))
-    return picked, times.gather(1, at), valid
+    T = -(-valid.shape[1] // tubelet) * tubelet
+    at = torch.arange(T, device=valid.device).expand(len(valid), -1)
+    if T == valid.shape[1] and bool(valid.all()):
+        return frames, valid
+    last = torch.minimum(at, (count - 1).clamp_min(0))
+    return frames.gather(1, last.view(*last.shape, 1, 1, 1).expand(-1, -1, *frames.shape[2:])), at < count
 
 
-def _grid(times: Tensor, valid: Tensor, shape: tuple[int, int, int], tubelet: int, special: int) -> Grid:
-    B, cells = len(times), shape[1] * shape[2]
-    regular = Grid.regular(B, shape, special=special, device=times.device)
-    seconds = times.unflatten(1, (-1, tubelet)).mean(2).repeat_interleave(cells, 1)
-    seconds = torch.cat([seconds.new_zeros(B, special), seconds], 1)
-    coords = torch.cat([seconds[..., None], regular.coords[..., 1:]], -1)
+def _grid(valid: Tensor, shape: tuple[int, int, int], tubelet: int, special: int) -> Grid:
+    """A tubelet is there if any of its frames is."""
+    regular = Grid.regular(len(valid), shape, special=special, device=valid.device)
     begun = valid.unflatten(1, (-1, tubelet)).any(2)
-    present = torch.cat([regular.valid[:, :special], begun.repeat_interleave(cells, 1)], 1)
-    return Grid(coords, present, regular.special, shape if bool(begun.all()) else None)
+    present = torch.cat([regular.valid[:, :special], begun.repeat_interleave(shape[1] * shape[2], 1)], 1)
+    return Grid(regular.coords, present, regular.special, shape if bool(begun.all()) else None)
 
 
 def sincos_3d(times: int, rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
