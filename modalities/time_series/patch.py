@@ -179,9 +179,8 @@ class SeriesPatch(SeriesEncoder):
                 spacing = spacing[:, None].expand(-1, windows.shape[1], -1, -1)
             windows = torch.cat([windows, spacing], -1)
         values = self.embedding(windows)
-        values = values + sincos(centre[..., 0] / (self.time_scale * self.stride), self.width).to(values.dtype).view(
-            len(centre), *(1,) * (values.ndim - 3), centre.shape[1], self.width
-        )
+        position = sincos(centre[..., 0] / (self.time_scale * self.stride), self.width).to(values.dtype)
+        values = values + (position[:, None] if self.channel_tokens else position)
         if self.channel_embedding is not None:
             values = values + self.channel_embedding.to(values.dtype)
         return self._with_special(values, self._grid(observed.any(-1), valid, centre[..., 0]))
