@@ -14,6 +14,7 @@ from torch_geometric.data import Batch, Data
 from mmrep.config import component
 from mmrep.modalities.graph.gnn import GraphGNN
 from mmrep.model import Model, ModelConfig, TowerConfig
+from mmrep.testing import check_encoder
 from mmrep.tokens import Tokens
 
 WIDTH = 8
@@ -265,6 +266,7 @@ def test_weights_come_from_a_checkpoint_of_the_encoder_or_of_a_model_and_not_twi
         "encoders", "graph-gnn", **fields, checkpoint=str(tmp_path / "encoder.safetensors")))}))  # fmt: skip
     whole.save_pretrained(tmp_path / "saved")
     (tmp_path / "encoder.safetensors").unlink()
+    check_encoder(whole.tower("graph").encoder, only=["weights_round_trip"])
     again = Model.from_pretrained(tmp_path / "saved")
     assert torch.equal(again.tower("graph").encoder.norm.weight, source.norm.weight)
 

@@ -11,7 +11,7 @@ from torch_geometric.transforms import AddLaplacianEigenvectorPE, AddRandomWalkP
 
 from mmrep.config import component
 from mmrep.heads import MeanPool
-from mmrep.modalities.graph._structure import adjacency, laplacian, random_walk, shortest_paths
+from mmrep.modalities.graph._structure import SignFree, adjacency, laplacian, random_walk, shortest_paths
 from mmrep.modalities.graph.transformer import GraphTransformer
 
 PLAIN = {"edges": [(0, 1), (1, 2), (2, 3), (3, 0), (3, 4), (4, 5), (1, 6)], "num_nodes": 8}
@@ -42,6 +42,56 @@ def test_random_walks_return_as_often_as_torch_geometric_says():
     want = AddRandomWalkPE(6, attr_name="pe")(Data(edge_index=index.T, num_nodes=12)).pe
     torch.testing.assert_close(found[:12], want)
     assert found[12:].abs().max() == 0
+
+
+def test_a_walk_follows_directed_edges():
+    """From 0 to 1 or 2, and back to 0 from 1 alone."""
+    links = adjacency(torch.tensor([[[0, 1], [0, 2], [1, 0], [2, 1]]]), None, 3)
+    want = AddRandomWalkPE(3, attr_name="pe")(
+        Data(edge_index=torch.tensor([[0, 0, 1, 2], [1, 2, 0, 1]]), num_nodes=3)
+    ).pe
+    torch.testing.assert_close(random_walk(links, 3)[0], want)
+    assert want[0].tolist() == [0, 0.5, 0.5]
+    uneven = adjacency(torch.tensor([[[0, 1], [1, 0], [2, 1]]]), None, 3)
+    assert random_walk(uneven, 2)[0].tolist() == [[0, 1], [0, 1], [0, 0]]
+
+
+def test_the_laplacian_forgets_directions():
+    pairs = random_pairs(9, 5)
+    valid = torch.ones(1, 9, dtype=torch.bool)
+    one, both = (laplacian(adjacency(e[None], None, 9), valid, 4) for e in (torch.tensor(pairs), ways(pairs)))
+    torch.testing.assert_close(one[1], both[1])
+    torch.testing.assert_close(one[0].abs(), both[0].abs(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_isolated_node_is_an_eigenvalue_of_zero():
+    """As Chung defines the normalised Laplacian; torch_geometric puts a one there."""
+    links = adjacency(torch.tensor([[[0, 1], [1, 0]]]), None, 3)
+    _, values, _ = laplacian(links, torch.ones(1, 3, dtype=torch.bool), 2)
+    torch.testing.assert_close(values, torch.tensor([[0.0, 2.0]]))
+
+
+def test_eigenvectors_that_a_graph_lacks_add_nothing():
+    torch.manual_seed(0)
+    free = SignFree(3, 8)
+    vectors, values = torch.randn(1, 4, 3), torch.rand(1, 3)
+    has = torch.tensor([[True, False, False]])
+    found = free(vectors, values, has)
+    cut = (free.phi(torch.stack([vectors, values[:, None].expand_as(vectors)], -1))
+           + free.phi(torch.stack([-vectors, values[:, None].expand_as(vectors)], -1)))[:, :, 0]  # fmt: skip
+    torch.testing.assert_close(found, cut @ free.rho.weight[:, :16].T + free.rho.bias)
+    torch.testing.assert_close(free(-vectors, values, has), found)
+    assert (free(vectors.abs(), values, has) - found).abs().max() == 0
+    assert (free(2 * vectors, values, has) - found).abs().max() > 1e-3
+
+
+def test_a_graph_of_which_nothing_is_kept_stays_finite():
+    encoder = transformer()
+    tokens = encoder.tokenize(encoder.collate([encoder.prepare(PLAIN), encoder.prepare(PLAIN)]))
+    found = encoder.encode(tokens, keep=torch.tensor([[0, 1], [-1, -1]])).tokens
+    found.values[found.grid.valid].sum().backward()
+    assert found.values.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in encoder.parameters())
 
 
 def test_weights_make_a_weighted_walk():
@@ -205,6 +255,17 @@ def test_edges_that_a_view_dropped_are_not_seen():
     found = encoder({**inputs, "edges": inputs["edges"].masked_fill(gone[..., None], -1)}).tokens.values
     left = {**PLAIN, "edges": [e for i, e in enumerate(PLAIN["edges"]) if i not in (3, 6)]}
     torch.testing.assert_close(found, encoder(encoder.collate([encoder.prepare(left)])).tokens.values)
+
+
+def test_edge_weights_change_walks_and_spectrum():
+    for fields in ({"random_walk": 4}, {"random_walk": 0, "laplacian": 3}):
+        encoder = transformer(distance=0, **fields)
+        inputs = encoder.collate([encoder.prepare(PLAIN)])
+        plain = encoder(inputs).tokens.values
+        ones = torch.ones(inputs["edges"].shape[:2])
+        torch.testing.assert_close(encoder({**inputs, "edge_weights": ones}).tokens.values, plain)
+        uneven = 1 + inputs["edge_ids"].float()
+        assert (encoder({**inputs, "edge_weights": uneven}).tokens.values - plain).abs().max() > 1e-3
 
 
 def test_the_class_token_has_no_edges_and_moves_those_of_the_nodes():
