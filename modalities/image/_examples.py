@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,6 +69,58 @@ def oddities(seed: int) -> dict[str, Any]:
     }
 
 
+def band_examples(n: int, seed: int, mean: Sequence[float], std: Sequence[float]) -> list[Any]:
+    """Pictures of odd sizes with a channel for each of ``mean``, within three deviations of it, in several forms."""
+    out: list[Any] = []
+    for i in range(n):
+        values = _scaled(_of_size(i, seed, len(mean)), mean, std)
+        out.append(_BAND_KINDS[i % len(_BAND_KINDS)](values))
+    return out
+
+
+def band_oddities(seed: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """Values at and past the edge of what a picture of bands may be, by what is odd about them."""
+    C = len(mean)
+    values = _scaled(pattern(31, 23, seed, C), mean, std).astype(np.float32)
+    file, rgb = _npy(values), pattern(31, 23, seed)[:, :, :3]
+    return {
+        "no rows": np.zeros((0, 9, C), np.float32),
+        "no columns": np.zeros((9, 0, C), np.float32),
+        "one pixel": values[:1, :1],
+        "a line": np.repeat(values[:1, :1], 5000, 1),
+        "a column": np.repeat(values[:1, :1], 5000, 0),
+        "one value": np.full((9, 9, C), mean[0], np.float32),
+        "one channel too many": np.concatenate([values, values[:, :, :1]], 2),
+        "one channel too few": np.zeros((9, 9, C - 1), np.float32),
+        "channels first": np.ascontiguousarray(values.transpose(2, 0, 1)),
+        "a tensor with channels last": torch.from_numpy(values),
+        "a vector": np.arange(9, dtype=np.float32),
+        "a number": np.float32(3),
+        "four axes": np.zeros((2, 9, 9, C), np.float32),
+        "NaN": _with(values, np.nan),
+        "infinity": _with(values, -np.inf),
+        "the largest float": _with(values, float(np.finfo(np.float32).max)),
+        "a float64 past float32": _with(values.astype(np.float64), 1e300),
+        "int32": values.astype(np.int32),
+        "int64": torch.from_numpy(values).permute(2, 0, 1).long(),
+        "complex": values.astype(np.complex64),
+        "objects": np.full((4, 4, C), None, dtype=object),
+        "bfloat16": torch.from_numpy(values).permute(2, 0, 1).bfloat16(),
+        "big-endian": values.astype(">f4"),
+        "half of a file": file[: len(file) // 2],
+        "a file whose header claims too much": file.replace(b"(23, 31", b"(99999", 1),
+        "a file of objects": file.replace(b"'<f4',", b"'|O', ", 1),
+        "a header alone": file[:20],
+        "half of a PNG": _encoded(rgb, "PNG")[:200],
+        "a damaged TIFF": b"II*\0" + bytes(range(200)),
+        "no bytes": b"",
+        "text": b"This is a line of text, not a picture.\n" * 9,
+        "no file": "/no/such/file.npy",
+        "an empty dict": {"bytes": None, "path": None},
+        "nothing": None,
+    }
+
+
 def pattern(width: int, height: int, seed: int, channels: int = 4) -> np.ndarray:
     """A smooth picture, uint8 [height, width, channels], by integer arithmetic alone: the same on every machine."""
     y, x = np.mgrid[:height, :width].astype(np.int64)
@@ -96,6 +148,25 @@ _KINDS: tuple[Callable[[np.ndarray], Any], ...] = (
     lambda p: Image.fromarray(p[:, :, :3]).quantize(16),
     lambda p: torch.from_numpy(p[:, :, :3].copy()).permute(2, 0, 1).float() / 255,
 )
+
+
+_BAND_KINDS: tuple[Callable[[np.ndarray], Any], ...] = (
+    lambda v: v.astype(np.float32),
+    lambda v: torch.from_numpy(v.astype(np.float32)).permute(2, 0, 1).contiguous(),
+    lambda v: _npy(v.astype(np.float32)),
+    lambda v: np.rint(v).astype(np.int16) if np.abs(v).max() < 32767 and v.std() > 10 else v,
+)
+
+
+def _scaled(picture: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Bytes to float64 in the range of mean and deviation."""
+    return np.asarray(mean) + np.asarray(std) * (picture / 127.5 - 1) * 2
+
+
+def _npy(values: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, values, allow_pickle=False)
+    return out.getvalue()
 
 
 def _with(values: np.ndarray, odd: float) -> np.ndarray:

@@ -75,16 +75,17 @@ def decode(
     if isinstance(raw, np.ndarray):
         image = _from_array(raw, max_pixels)
     elif isinstance(raw, Image.Image):
-        image = _load(raw, max_pixels, None)
+        image = upright(raw, max_pixels)
     elif is_location(raw):
         with raw_stream(raw, "an image") as stream:
-            image = _from_stream(stream, max_pixels, at_least)
+            image = load_stream(stream, max_pixels, at_least)
     else:
-        image = _from_stream(raw_stream(raw, "an image"), max_pixels, at_least)
+        image = load_stream(raw_stream(raw, "an image"), max_pixels, at_least)
     return _flatten(image, background).convert(mode)
 
 
-def _from_stream(stream: Any, max_pixels: int, at_least: int | None) -> Image.Image:
+def load_stream(stream: Any, max_pixels: int, at_least: int | None = None) -> Image.Image:
+    """Decode a picture file, turned upright, in the mode that it has; see `decode`."""
     Image.init()
     try:
         image = Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
@@ -94,10 +95,10 @@ def _from_stream(stream: Any, max_pixels: int, at_least: int | None) -> Image.Im
         raise BadSampleError("too many pixels", str(error)) from error
     except _DECODER_ERRORS as error:
         raise _unreadable(error) from error
-    return _load(image, max_pixels, at_least)
+    return upright(image, max_pixels, at_least)
 
 
-def _load(image: Image.Image, max_pixels: int, at_least: int | None) -> Image.Image:
+def upright(image: Image.Image, max_pixels: int, at_least: int | None = None) -> Image.Image:
     """Check the size in the header, decode, turn upright."""
     width, height = image.size
     if width * height > max_pixels:
