@@ -17,6 +17,7 @@ import functools
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -257,5 +258,5 @@ def _read(archive: str, name: str) -> bytes | None:
         return None
     try:
         return _open(archive, os.getpid()).read(name)
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, ValueError) as error:
         raise BadSampleError("unreadable file", f"{name} in {archive}: {error}") from error
