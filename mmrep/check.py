@@ -1,4 +1,4 @@
-"""What ``mmrep check`` does: contract checks of an encoder, verification of a saved model, validation of a recipe.
+"""What ``mmrep check`` does: contract checks of an encoder or loss, verification of a saved model, or of a recipe.
 
 And ``mmrep check gradients RECIPE``: are the gradients of several processes those of one?
 """
@@ -10,26 +10,28 @@ from pathlib import Path
 
 from mmrep._recipe_files import recipe_names
 from mmrep.config import ConfigError
-from mmrep.registry import encoders, near
+from mmrep.registry import encoders, losses, near, tuple_losses
 
 
 def check(what: str) -> Iterator[str]:
-    """Check the encoder, saved model, or recipe called ``what``; yields one line for each thing that holds.
+    """Check the encoder, loss, saved model, or recipe called ``what``; yields one line for each thing that holds.
 
     Raises:
         ConfigError: nothing is called that, or the recipe is wrong.
         ModelFolderError: the saved model cannot be used.
-        AssertionError: the encoder breaks its contract; the message says how.
+        AssertionError: the encoder or loss breaks its contract; the message says how.
     """
     if what in encoders:
         yield from _encoder(what)
+    elif what in losses or what in tuple_losses:
+        yield from _loss(what)
     elif (Path(what) / "config.json").is_file():
         yield from _model(what)
     elif what in recipe_names() or Path(what).suffix in {".yaml", ".yml"} or (Path(what) / "config.yaml").is_file():
         yield from _recipe(what)
     else:
-        known = [*encoders.names(), *recipe_names()]
-        raise ConfigError([f"{what!r} is no encoder, recipe, recipe file or saved model{near(what, known)}"])
+        known = [*encoders.names(), *losses.names(), *tuple_losses.names(), *recipe_names()]
+        raise ConfigError([f"{what!r} is no encoder, loss, recipe, recipe file or saved model{near(what, known)}"])
 
 
 def check_gradients(
@@ -64,6 +66,15 @@ def _encoder(name: str) -> Iterator[str]:
     cls = encoders.get(name)
     check_encoder(cls(cls.Config()))
     yield f"encoder {name}: keeps the contract ({cls.__module__}.{cls.__qualname__})"
+
+
+def _loss(name: str) -> Iterator[str]:
+    from mmrep.testing import check_loss, check_tuple_loss
+
+    registry = losses if name in losses else tuple_losses
+    cls = registry.get(name)
+    (check_loss if registry is losses else check_tuple_loss)(cls(cls.Config()))
+    yield f"{registry.noun} {name}: keeps the contract ({cls.__module__}.{cls.__qualname__})"
 
 
 def _model(folder: str) -> Iterator[str]:

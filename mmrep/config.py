@@ -225,7 +225,12 @@ def _container(hint: Any, value: Any, path: str, item: Callable[[Any, str], Any]
             dict(cast("Mapping[str, Any]", value)), lambda v, k: _container(args[1], v, _join(path, str(k)), item)
         )
     if origin is Annotated:
-        return _value(hint, value, path)
+        if any(isinstance(a, Of) for a in hint.__metadata__):
+            return _value(hint, value, path)
+        found = _container(args[0], value, path, item)
+        # A rule on the container itself, such as its least length; what is in it has been validated.
+        _leaf(Annotated[get_origin(args[0]) or Any, *hint.__metadata__], found, path)
+        return found
     if item is not None:
         return item(value, path)
     if dataclasses.is_dataclass(hint):

@@ -83,7 +83,10 @@ class Step:
         return self._viewed(field, view)[0]
 
     def params(self, field: str, view: int = 0) -> Params:
-        """The parameters of the transform that made the view; rows are the samples that have the field."""
+        """The parameters of the transform that made the view; rows are the samples that have the field.
+
+        They are those that the view drew sample by sample (``View.parameters``) and those of ``View.batch``.
+        """
         return self._viewed(field, view)[1]
 
     def encoding(self, field: str, view: int = 0) -> Encoding:
@@ -107,12 +110,11 @@ class Step:
         return self._embeddings[key]
 
     def _fuse(self, name: str) -> Tensor:
-        """The embedding of a fusion; every weight of it has a gradient, also where nothing is present."""
+        """The embedding of a fusion. All its weights are in the graph, also where nothing is present: fusions mask."""
         if name not in self._fused:
             members = self.model.config.fusions[name].of
             embeddings = {member: self.embedding(member) for member in members}
-            fused = self.model.fuse(name, embeddings, {member: self.present(member) for member in members})
-            self._fused[name] = fused + idle(self.model.fusions[name]).to(fused.dtype)
+            self._fused[name] = self.model.fuse(name, embeddings, {m: self.present(m) for m in members})
         return self._fused[name]
 
     def computed(self) -> dict[str, Tensor]:
@@ -160,11 +162,12 @@ class Step:
             collated = self.batch.inputs[field][view]
             views = self._views.get(field, ())
             chosen = views[view] if view < len(views) else None
-            if chosen is None:
-                self._inputs[key] = collated, {}
-            else:
+            params = self.batch.params[field][view] if field in self.batch.params else {}
+            if chosen is not None:
                 seeds = self.batch.seeds[self.present(field)] + stable_hash(field, view)
-                self._inputs[key] = chosen.batch(collated, seeds)
+                collated, more = chosen.batch(collated, seeds)
+                params = {**params, **more}
+            self._inputs[key] = collated, params
         return self._inputs[key]
 
 

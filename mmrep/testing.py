@@ -2,7 +2,7 @@
 
 In a test::
 
-    from mmrep.testing import check_encoder, check_loss
+    from mmrep.testing import check_encoder, check_loss, check_tuple_loss
     check_encoder(MyEncoder)
 
 Each check is one function that raises AssertionError with what it saw. A check that a component cannot pass is listed
@@ -19,10 +19,18 @@ from torch import nn
 
 from mmrep._encoder_checks import ENCODER_CHECKS, Subject
 from mmrep._loss_checks import LOSS_CHECKS, LossSubject
+from mmrep._tuple_loss_checks import TUPLE_LOSS_CHECKS, TupleLossSubject
 from mmrep.encoder import Encoder
 from mmrep.registry import near
 
-__all__ = ["ENCODER_CHECKS", "LOSS_CHECKS", "check_encoder", "check_loss"]
+__all__ = [
+    "ENCODER_CHECKS",
+    "LOSS_CHECKS",
+    "TUPLE_LOSS_CHECKS",
+    "check_encoder",
+    "check_loss",
+    "check_tuple_loss",
+]
 
 
 def check_encoder(
@@ -70,6 +78,30 @@ def check_loss(
     """
     subject = LossSubject(loss, **options)
     _run(subject.name, subject, LOSS_CHECKS, only, expected_failures)
+
+
+def check_tuple_loss(
+    loss: nn.Module,
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    only: Sequence[str] | None = None,
+    **options: Any,
+) -> None:
+    """Run every check of the tuple-loss contract, `mmrep.losses._tuples.TupleLoss`.
+
+    Args:
+        loss: the built loss; a copy is checked, in eval mode.
+        expected_failures: check name to the reason why it cannot pass; it must fail.
+        only: names of the checks to run, of `TUPLE_LOSS_CHECKS`. None: all.
+        **options: of `mmrep._tuple_loss_checks.TupleLossSubject`: number of tuples ``n`` and of ``fields``, ``dim``,
+            ``seed``, ``scale``.
+
+    Raises:
+        AssertionError: naming loss, check and what was seen; all failing checks at once.
+        ValueError: a check name that does not exist.
+    """
+    subject = TupleLossSubject(loss, **options)
+    _run(subject.name, subject, TUPLE_LOSS_CHECKS, only, expected_failures)
 
 
 def _run(

@@ -172,3 +172,21 @@ def test_any_data_is_either_parsed_or_refused_with_words(data):
         words = ["parsed"]
     assert words
     assert all(words)
+
+
+@config
+class Piece:
+    size: int = 1
+
+
+@config
+class Bounded:
+    parts: Annotated[list[Piece], Field(min_length=1)]
+
+
+def test_a_rule_on_a_list_of_configs_is_checked_beside_what_is_in_it():
+    assert parse(Bounded, {"parts": [{"size": 2}]}).parts == [Piece(size=2)]
+    with pytest.raises(ConfigError, match=r"parts: List should have at least 1 item"):
+        parse(Bounded, {"parts": []})
+    with pytest.raises(ConfigError, match=r"parts\[0\]\.siez: unknown; did you mean 'size'"):
+        parse(Bounded, {"parts": [{"siez": 2}]})

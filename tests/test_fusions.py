@@ -95,6 +95,12 @@ def test_the_transformer_tells_members_apart_and_reads_no_absent_one():
     built, given = fusion("transformer"), values()
     every = torch.ones(4, 3, dtype=torch.bool)
     assert (built(given, every) - built(given[:, [1, 0, 2]], every)).abs().max() > 1e-3
+    before = built(given, PRESENT)
+    with torch.no_grad():
+        built.kinds[0, 1] += torch.arange(8)  # not a constant, which the norm would take out
+    after = built(given, PRESENT)
+    torch.testing.assert_close(after[1], before[1])  # the second member is missing there, and so is its vector
+    assert (after[0] - before[0]).abs().max() > 1e-3
 
 
 def test_every_weight_of_a_trained_fusion_gets_a_gradient():

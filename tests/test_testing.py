@@ -41,6 +41,9 @@ class Numbers(Encoder):
     def examples(self, n, seed):
         return [[math.sin(seed + i + j) for j in range(3 + 2 * i)] for i in range(n)]
 
+    def oddities(self, seed):
+        return {"one number": [0.5], "words": "abc", "large": [1e6, -1e6]}
+
     def prepare(self, raw, *, view=None, seed=0):
         if not isinstance(raw, list):
             raise BadSampleError("not a list")
@@ -116,6 +119,17 @@ class Counts(Numbers):
     def tokenize(self, inputs):
         self.seen += 1
         return super().tokenize(inputs)
+
+
+class Disturbed(Numbers):
+    """One large value moves the tokens of the whole batch."""
+
+    def oddities(self, seed):
+        return {"large": [1e3]}
+
+    def tokenize(self, inputs):
+        tokens = super().tokenize(inputs)
+        return Tokens(tokens.values + inputs["x"].amax(), tokens.grid)
 
 
 class Unused(Numbers):
@@ -225,6 +239,9 @@ BROKEN = [
     ("prepare_collate", of(collate=last_first)),
     ("prepare_collate", of(length=lambda self, item: 0)),
     ("bad_sample", of(prepare=crash)),
+    ("odd_input", of(oddities=lambda self, seed: {"NaN": [1.0, float("nan")]})),
+    ("odd_input", of(oddities=lambda self, seed: {"words": ["a", "b"]})),
+    ("odd_input", Disturbed),
     ("forward", encoded(lambda self, out, keep: out.with_values(out.tokens.values.double()))),
     ("forward", encoded(with_nan)),
     ("forward", encoded(lambda self, out, keep: out.with_values(out.tokens.values[..., :3]))),

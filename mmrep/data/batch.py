@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mmrep.data.sample import Quarantined
 from mmrep.tokens import Inputs
+from mmrep.views.view import Params
 
 
 @dataclass
@@ -25,8 +26,9 @@ class Batch:
         items: per *memoised* field (frozen encoder, no view), the uncollated prepared items of the present rows.
         keys: per memoised field, a content key for each of those items.
         quarantined: samples that were to be in this batch and could not be read.
-        parts: micro-batches, whose samples in order are this batch's; `inputs`, `items` and `keys` are then theirs
-            alone. Empty: the batch is computed at once.
+        params: per field, one dict per view of the parameters that it drew sample by sample; rows as in `inputs`.
+        parts: micro-batches, whose samples in order are this batch's; `inputs`, `items`, `keys` and `params` are then
+            theirs alone. Empty: the batch is computed at once.
     """
 
     ids: list[str]
@@ -38,6 +40,7 @@ class Batch:
     items: dict[str, list[Inputs]] = field(default_factory=dict)
     keys: dict[str, list[bytes]] = field(default_factory=dict)
     quarantined: list[Quarantined] = field(default_factory=list)
+    params: dict[str, list[Params]] = field(default_factory=dict)
     parts: list[Batch] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -56,6 +59,7 @@ class Batch:
             items=self.items,
             keys=self.keys,
             quarantined=self.quarantined,
+            params={f: [{k: v.to(**move) for k, v in view.items()} for view in vs] for f, vs in self.params.items()},
             parts=[part.to(device) for part in self.parts],
         )
 
@@ -65,6 +69,7 @@ class Batch:
             **{
                 **self.__dict__,
                 "inputs": {f: [_pinned(view) for view in vs] for f, vs in self.inputs.items()},
+                "params": {f: [_pinned(view) for view in vs] for f, vs in self.params.items()},
                 "parts": [part.pin_memory() for part in self.parts],
             },
         )

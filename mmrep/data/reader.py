@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import traceback
 from collections.abc import Collection, Mapping, Sequence
@@ -15,7 +16,7 @@ from mmrep.data.sample import Quarantined, Sample, stable_hash
 from mmrep.embed.memo import content_key
 from mmrep.encoder import BadSampleError, Encoder
 from mmrep.tokens import Inputs
-from mmrep.views.view import View
+from mmrep.views.view import Params, Recorded, View
 
 NOT_THE_DATA = (MemoryError, ImportError, NotImplementedError, AssertionError, NameError)
 """Exceptions that no value of a sample is to blame for: they stop the run at once."""
@@ -32,6 +33,7 @@ class Item:
         seed: 63 bits; the batch-level randomness of this sample's views in this epoch derives from it.
         inputs: per field that the sample has, one prepared item per view.
         keys: per memoised field that the sample has, the content key of its item.
+        params: per field that the sample has and whose views draw parameters, those of each view.
     """
 
     id: str
@@ -40,11 +42,12 @@ class Item:
     seed: int
     inputs: dict[str, list[Inputs]]
     keys: dict[str, bytes]
+    params: dict[str, list[Params]] = dataclasses.field(default_factory=dict)
 
     def only(self, fields: Collection[str]) -> Item:
         """The item without its other fields."""
-        inputs, keys = ({f: v for f, v in part.items() if f in fields} for part in (self.inputs, self.keys))
-        return replace(self, inputs=inputs, keys=keys)
+        parts = {"inputs": self.inputs, "keys": self.keys, "params": self.params}
+        return replace(self, **{k: {f: v for f, v in part.items() if f in fields} for k, part in parts.items()})
 
 
 class Reader:
@@ -82,6 +85,8 @@ class Reader:
         self.encoders = dict(encoders)
         given = views or {}
         self.views = {f: tuple(given.get(f, ())) or (None,) for f in encoders}
+        self.drawn = frozenset(f for f, views in self.views.items() if any(_overrides(v, "parameters") for v in views))
+        """Fields some view of which draws parameters sample by sample."""
         self.memoised = frozenset(memoised)
         self.seed = seed
         self.group = group
@@ -109,17 +114,21 @@ class Reader:
             return sample
         inputs = {} if kept is None else dict(kept.inputs)
         keys = {} if kept is None else dict(kept.keys)
+        params = {} if kept is None else dict(kept.params)
         for field, encoder in self.encoders.items():
             raw = sample.fields.get(field)
             if raw is None or field in inputs:
                 continue
+            views = [Recorded(v) if v and _overrides(v, "parameters") else v for v in self.views[field]]
             try:
                 inputs[field] = [
                     encoder.prepare(raw, view=view, seed=stable_hash(self.seed, epoch, sample.id, field, number))
-                    for number, view in enumerate(self.views[field])
+                    for number, view in enumerate(views)
                 ]
             except Exception as error:
                 return failure(error, sample.id, field)
+            if field in self.drawn:
+                params[field] = [view.params if isinstance(view, Recorded) else {} for view in views]
             if field in self.memoised:
                 keys[field] = content_key(inputs[field][0])
         if not inputs:
@@ -127,7 +136,7 @@ class Reader:
             return Quarantined(sample.id, "", "empty sample", f"it has none of {wanted}; it has {has}")
         mine = ("id", sample.id) if sample.group is None else ("group", sample.group)
         group = stable_hash(*mine) if self.group else 0
-        return Item(sample.id, sample.label, group, stable_hash(self.seed, epoch, sample.id), inputs, keys)
+        return Item(sample.id, sample.label, group, stable_hash(self.seed, epoch, sample.id), inputs, keys, params)
 
     def again(self, kept: Item, epoch: int) -> Item:
         """The reading in another epoch of an item all of whose fields are `fixed`."""
@@ -178,12 +187,14 @@ class Reader:
             have = [item for item in good if field in item.inputs]
             if not have:
                 continue
+            count = range(len(self.views[field]))
             if field in self.memoised:
                 batch.items[field] = [item.inputs[field][0] for item in have]
                 batch.keys[field] = [item.keys[field] for item in have]
             else:
-                count = range(len(self.views[field]))
                 batch.inputs[field] = [encoder.collate([item.inputs[field][view] for item in have]) for view in count]
+            if field in self.drawn:
+                batch.params[field] = [_stacked([item.params[field][view] for item in have]) for view in count]
         return batch
 
 
@@ -219,6 +230,10 @@ def failure(error: Exception, id: str, field: str) -> Quarantined:
         where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
         detail = f"{detail}{where}"
     return Quarantined(id, field, cause, detail[:500])
+
+
+def _stacked(params: Sequence[Params]) -> Params:
+    return {name: torch.stack([one[name] for one in params]) for name in params[0]}
 
 
 def _overrides(view: View | None, method: str) -> bool:

@@ -85,7 +85,7 @@ def pair_batch(
 ) -> PairBatch:
     """Check, drop invalid rows, cast, and gather or prepare the ring. All ranks call it together."""
     check_exchange(exchange)
-    _check(a, b, negatives, group, valid)
+    check_pairs(a, b, negatives, group, valid)
     world = world or LocalWorld()
     dtype = torch.float64 if a.dtype == b.dtype == torch.float64 else torch.float32
     if valid is not None:
@@ -176,7 +176,8 @@ def _agree(
     return agreed(a, with_a), agreed(b, with_b), None if negatives is None else agreed(negatives, with_negatives)
 
 
-def _check(a: Tensor, b: Tensor, negatives: Tensor | None, group: Tensor | None, valid: Tensor | None) -> None:
+def check_pairs(a: Tensor, b: Tensor, negatives: Tensor | None, group: Tensor | None, valid: Tensor | None) -> None:
+    """Refuse shapes and dtypes that do not fit."""
     if a.ndim != 2 or a.shape != b.shape:
         raise ValueError(f"a and b are paired rows of one shape [n, D], got {tuple(a.shape)} and {tuple(b.shape)}")
     for name, x in (("a", a), ("b", b), ("negatives", negatives)):

@@ -7,13 +7,15 @@ Everything is computed in the dtype of the inputs, which the caller has made flo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 Tile = tuple[int, int]
+T = TypeVar("T")
 
 _CPU_TILE: Tile = (512, 1024)  # 2 MiB in float32: stays in a core's cache between the product and its reductions
 _ACCELERATOR_TILE: Tile = (2048, 4096)  # fewer kernel launches; 32 MiB a buffer
@@ -53,6 +55,17 @@ def refuse_second_derivative() -> None:
         raise RuntimeError(
             "the tiled losses have no second derivative: call backward or grad without create_graph=True"
         )
+
+
+def recomputed(function: Callable[..., T], *arguments: Tensor) -> T:
+    """``function(*arguments)``, of which only the arguments are kept: it is called again for the backward pass."""
+    checkpoint = cast(Any, torch.utils.checkpoint).checkpoint
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
+
+
+def lengths(x: Tensor) -> Tensor:
+    """Of the rows of [n, D]: [n]; differentiable, with gradient 0 where a row is 0."""
+    return cast(Any, torch.linalg).vector_norm(x, dim=1)
 
 
 def row_dots(x: Tensor, y: Tensor) -> Tensor:

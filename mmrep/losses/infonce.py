@@ -79,7 +79,7 @@ def info_nce(
     Raises:
         ValueError: shapes or dtypes do not fit, on this rank or between ranks.
     """
-    _check_duplicates(duplicates)
+    check_duplicates(duplicates)
     batch = pair_batch(a, b, scale=scale, negatives=negatives, group=group, valid=valid, world=world, exchange=exchange)
     softening = _soften(batch, soft, valid, soft_weight, soft_temperature, duplicates, tile)
     return _loss(batch, symmetric=symmetric, duplicates=duplicates, softening=softening, tile=tile)
@@ -113,7 +113,7 @@ class InfoNCE(nn.Module):
 
         def __post_init__(self) -> None:
             check_exchange(self.exchange)
-            _check_duplicates(self.duplicates)
+            check_duplicates(self.duplicates)
             _check_soft(self.soft_weight, self.soft_temperature)
 
     def __init__(self, config: Config) -> None:
@@ -148,7 +148,8 @@ class InfoNCE(nn.Module):
         return {"loss": loss, "n": torch.tensor(batch.pairs, device=loss.device)}
 
 
-def _check_duplicates(duplicates: str) -> None:
+def check_duplicates(duplicates: str) -> None:
+    """Refuse what is no `Duplicates`."""
     if duplicates not in ("positive", "mask"):
         raise ValueError(f"duplicates is 'positive' or 'mask', got {duplicates!r}")
 

@@ -35,6 +35,14 @@ class View:
         """Transform one decoded raw value; called by ``Encoder.prepare``. The default changes nothing."""
         return decoded
 
+    def parameters(self, decoded: Any, seed: int) -> Params:
+        """What `sample` draws for this value and seed, without changing anything: tensors without a batch axis.
+
+        The reader stacks them over the batch, and they end up in ``Step.params`` beside those of `batch` (which win
+        where a name is the same). Every value of a field must have the same names and shapes. The default has none.
+        """
+        return {}
+
     def batch(self, inputs: Inputs, seeds: Tensor) -> tuple[Inputs, Params]:
         """Transform collated inputs on their device.
 
@@ -46,6 +54,30 @@ class View:
             The new inputs, and the parameters of the transform, each tensor with the batch first.
         """
         return inputs, {}
+
+
+class Recorded(View):
+    """A view whose `parameters` are noted as it reads; the reader puts it around views that have any.
+
+    Attributes:
+        params: those of the last value that `sample` was called with.
+    """
+
+    def __init__(self, view: View) -> None:
+        super().__init__(view.config)
+        self.view = view
+        self.role = view.role
+        self.params: Params = {}
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "view":  # not there yet while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.view, name)
+
+    def sample(self, decoded: Any, seed: int) -> Any:
+        """What the view makes of the value; `params` are then its parameters."""
+        self.params = self.view.parameters(decoded, seed)
+        return self.view.sample(decoded, seed)
 
 
 def uniform(seeds: Tensor, n: int, stream: int = 0) -> Tensor:

@@ -4,189 +4,151 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
 from torch import Tensor
 
-from mmrep.config import config, parse
-from mmrep.encoder import BadSampleError, Encoder
-from mmrep.modalities.image.decode import MAX_PIXELS, decode
+from mmrep.encoder import Encoder
+from mmrep.modalities.image._bands import read_bands
+from mmrep.modalities.image._examples import band_examples, band_oddities, examples, oddities
+from mmrep.modalities.image._normalization import FILE, learn, read, standardize, write
+from mmrep.modalities.image._preprocess import Preprocess, fit_bands, fit_square, has_bands
+from mmrep.modalities.image.decode import decode
 from mmrep.tokens import Inputs
 from mmrep.views import View
-
-Triple = tuple[float, float, float]
-_FILTERS = {
-    "nearest": Image.Resampling.NEAREST,
-    "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC,
-    "lanczos": Image.Resampling.LANCZOS,
-}
-
-
-@config
-class Preprocess:
-    """How a decoded picture becomes the network's input. It is part of the encoder and saved with it.
-
-    size: side of the square input, in pixels. resize: "crop" scales the shorter side to ``size / crop_share`` and cuts
-    the centre (CLIP, ImageNet); "squash" scales both sides and distorts (SigLIP). crop_share: share of the side that
-    the centre crop keeps. interpolation: always with anti-aliasing. mean, std: per channel, of pixels in 0..1; the
-    default maps to -1..1 and presumes no data set. background: colour behind transparency, 0..255. max_pixels: larger
-    pictures are refused unread. fast_resize: shrink big pictures roughly (in the JPEG decoder, by box averages) to at
-    least twice the size before the exact resize: 2 to 6 times as fast for photographs, off by a grey level or so.
-    """
-
-    size: Annotated[int, Field(ge=1)] = 32
-    resize: Literal["crop", "squash"] = "crop"
-    crop_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
-    mean: Triple = (0.5, 0.5, 0.5)
-    std: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (
-        0.5,
-        0.5,
-        0.5,
-    )
-    background: tuple[int, int, int] = (255, 255, 255)
-    max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
-    fast_resize: bool = True
-
-
-@config
-class Overrides:
-    """Preprocessing of an encoder that brings its own; fields as in `Preprocess`, None = as the model was trained.
-
-    ``fast_resize`` is off unless asked for, so that a pretrained model sees exactly what it was trained on.
-    """
-
-    size: Annotated[int, Field(ge=1)] | None = None
-    resize: Literal["crop", "squash"] | None = None
-    crop_share: Annotated[float, Field(gt=0, le=1)] | None = None
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = None
-    mean: Triple | None = None
-    std: Triple | None = None
-    background: tuple[int, int, int] = (255, 255, 255)
-    max_pixels: Annotated[int, Field(ge=1)] = MAX_PIXELS
-    fast_resize: bool = False
-
-    def over(self, own: Mapping[str, Any], name: str) -> Preprocess:
-        """Lay the fields that are set over ``own``, the preprocessing that the model called ``name`` brings.
-
-        Raises:
-            ConfigError: the model's own preprocessing is of a kind that `Preprocess` cannot do.
-        """
-        chosen = {f.name: getattr(self, f.name) for f in dataclasses.fields(Preprocess)}
-        merged = {**own, **{key: value for key, value in chosen.items() if value is not None}}
-        return parse(Preprocess, merged, f"preprocessing of {name}")
-
-
-def fit_square(image: Image.Image, how: Preprocess) -> Image.Image:
-    """Resize ``image`` to a square of ``how.size``; an image of that size comes back as it is.
-
-    Roundings are torchvision's (``Resize``, then ``CenterCrop``), so that pretrained encoders see what they were
-    trained on.
-
-    Raises:
-        BadSampleError: it is so long and thin that the resized picture would exceed ``how.max_pixels``.
-    """
-    side = math.floor(how.size / how.crop_share)
-    if how.resize == "squash":
-        width = height = side
-    else:
-        short = min(image.size)
-        width, height = (side if edge == short else int(side * edge / short) for edge in image.size)
-    if width * height > how.max_pixels:
-        raise BadSampleError(
-            "extreme shape", f"{image.size} pixels, which resized to {side} on the shorter side is too large"
-        )
-    if (width, height) != image.size:
-        gap = 3.0 if how.fast_resize else None
-        image = image.resize((width, height), _FILTERS[how.interpolation], reducing_gap=gap)
-    if (width, height) == (how.size, how.size):
-        return image
-    left, top = (round((edge - how.size) / 2) for edge in (width, height))
-    return image.crop((left, top, left + how.size, top + how.size))
 
 
 class ImageEncoder(Encoder):
     """Reads pictures; subclasses add ``tokenize`` and ``encode``.
 
     `prepare` gives ``{"pixels": uint8 [3, size, size]}``. A batch view may replace that by floats in 0..1, of another
-    size too; `normalize` takes both, on the device.
+    size too; `normalize` takes both, on the device. Of bands it gives float32 [C, size, size], standardised already: in
+    the half precision that a network may run in, numbers such as 10 000 would lose their digits.
 
     Args:
         config: the encoder's config.
-        files: see `Encoder`.
+        files: see `Encoder`; it may hold a learned mean and deviation.
         preprocess: the preprocessing; may be the config itself.
+
+    Attributes:
+        preprocess: the preprocessing, mean and deviation filled in.
+        bands: whether pictures are read as bands in their own range.
+
+    Raises:
+        ValueError: mean and deviation are to be learned, and were not.
     """
 
     modality = "image"
 
     def __init__(self, config: Any, files: Path | None = None, *, preprocess: Preprocess) -> None:
         super().__init__(config, files)
-        self.preprocess = preprocess
+        self.bands = has_bands(preprocess)
+        self.preprocess = _filled(preprocess, files)
+        C = preprocess.channels
         # Not in the state: they belong to the config, and a checkpoint that disagreed with it would win silently.
-        self.register_buffer("mean", torch.tensor(preprocess.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(preprocess.std).view(1, 3, 1, 1), persistent=False)
+        mean, std = ((0.0,) * C, (1.0,) * C) if self.bands else self.statistics
+        self.register_buffer("mean", torch.tensor(mean).view(1, C, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, C, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
 
+    @classmethod
+    def fit(cls, config: Any, samples: Iterable[Any], folder: Path) -> None:
+        """Learn mean and deviation of bands from the training pictures, where the config leaves them open.
+
+        Raises:
+            ValueError: no picture could be read.
+        """
+        if has_bands(config) and config.mean is None:
+            learn(samples, folder, channels=config.channels, max_pixels=config.max_pixels)
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of each channel, in the unit of `normalize`'s input or of the bands."""
+        mean, std = self.preprocess.mean, self.preprocess.std
+        assert mean is not None
+        assert std is not None
+        return mean, std
+
     def preview(self, raw: Any) -> Image.Image:
-        """The picture as a person sees it, at its own size."""
-        return decode(raw, background=self.preprocess.background, max_pixels=self.preprocess.max_pixels)
+        """The picture as a person sees it, at its own size; the first three bands (or one), stretched, as a square."""
+        how = self.preprocess
+        if not self.bands:
+            return decode(raw, background=how.background, max_pixels=how.max_pixels)
+        pixels = read_bands(raw, how.channels, max_pixels=how.max_pixels)[: 3 if how.channels >= 3 else 1]
+        shown = fit_bands(pixels, how)  # the quantiles of millions of pixels are not worth their sorting
+        low, high = shown.flatten(1).quantile(torch.tensor([0.02, 0.98]), dim=1)[..., None, None]
+        grey = ((pixels - low) / (high - low).clamp_min(1e-12)).clamp(0, 1) * 255
+        return Image.fromarray(grey.byte().expand(3, -1, -1).permute(1, 2, 0).numpy())
 
     def prepare(self, raw: Any, *, view: View | None = None, seed: int = 0) -> Inputs:
         """One picture to ``{"pixels": uint8 [3, size, size]}``; see `decode` for what a picture may be.
+
+        ``size`` is that of a view that has one (a crop), else of the preprocessing. Bands: float32 [C, size, size],
+        see `read_bands`; a view is given float32 [C, H, W] in the unit of the data.
 
         Raises:
             BadSampleError: the picture cannot be read.
         """
         how = self.preprocess
+        chosen = chosen_size(view, how.size)
+        if self.bands:
+            pixels = read_bands(raw, how.channels, max_pixels=how.max_pixels)
+            pixels = pixels if view is None else view.sample(pixels, seed)
+            return {"pixels": standardize(fit_bands(pixels, how, chosen), *self.statistics)}
         # A view that looks at the decoded picture gets all of it; otherwise twice the final size is enough.
         looks = view is not None and type(view).sample is not View.sample
         at_least = 2 * math.floor(how.size / how.crop_share) if how.fast_resize and not looks else None
         image = decode(raw, background=how.background, max_pixels=how.max_pixels, at_least=at_least)
         if view is not None:
             image = view.sample(image, seed)
-        pixels = np.array(fit_square(image, how))
+        pixels = np.array(fit_square(image, how, chosen))
         return {"pixels": torch.from_numpy(pixels).permute(2, 0, 1).contiguous()}
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Uint8 [B, 3, H, W], or float in 0..1, to standardised floats in the dtype of the weights."""
+        """Uint8 [B, 3, H, W], or float in 0..1, to standardised floats in the dtype of the weights; bands are so."""
         scaled = pixels.to(self.mean.dtype) / 255 if pixels.dtype == torch.uint8 else pixels.to(self.mean.dtype)
         return (scaled - self.mean) / self.std
 
     def examples(self, n: int, seed: int) -> list[Any]:
-        """Pictures of odd sizes and several kinds: RGB, grey, RGBA, 16-bit grey array, palette, float tensor."""
-        return [
-            _EXAMPLES[i % len(_EXAMPLES)](_pattern(37 + 11 * (i % 3), 29 + 7 * (i % 5), seed * 31 + i))
-            for i in range(n)
-        ]
+        """Pictures of odd sizes and several kinds: RGB, grey, RGBA, 16-bit grey array, palette, float tensor.
+
+        Of bands: arrays and tensors of floats and 16-bit integers, and .npy files, in the range of mean and deviation.
+        """
+        return band_examples(n, seed, *self.statistics) if self.bands else examples(n, seed)
+
+    def oddities(self, seed: int) -> dict[str, Any]:
+        """Pictures of no and of extreme size, odd numbers and dtypes, damaged files and what is no picture at all."""
+        return band_oddities(seed, *self.statistics) if self.bands else oddities(seed)
+
+    def save_files(self, folder: Path) -> None:
+        """Write mean and deviation, if they were learned."""
+        if self.bands and self.config.mean is None:
+            write(folder, *self.statistics)
 
 
-def _pattern(width: int, height: int, seed: int) -> np.ndarray:
-    """A smooth picture, uint8 [height, width, 4], by integer arithmetic alone: the same on every machine."""
-    y, x = np.mgrid[:height, :width].astype(np.int64)
-    waves = []
-    for channel in range(4):
-        step = 3 + (seed * 5 + channel * 7) % 11
-        phase = (seed * 97 + channel * 61) % 512
-        ramp = (x * step + y * (14 - step) + phase) % 512
-        waves.append(np.where(ramp < 256, ramp, 511 - ramp))
-    disc = (2 * x - width) ** 2 + (2 * y - height) ** 2 < (min(width, height) * (3 + seed % 4) // 8) ** 2
-    waves[seed % 3] = np.where(disc, 255 - waves[seed % 3], waves[seed % 3])
-    return np.stack(waves, -1).astype(np.uint8)
+def _filled(how: Preprocess, files: Path | None) -> Preprocess:
+    """``how`` with mean and deviation."""
+    if not has_bands(how):
+        return dataclasses.replace(how, mean=how.mean or (0.5,) * 3, std=how.std or (0.5,) * 3)
+    if how.mean is not None:
+        return how
+    learned = read(files)
+    if learned is None:
+        raise ValueError(
+            f"mean and std of {how.channels} bands are learned from training pictures, and there is no learned {FILE}"
+            f"{'' if files is None else f' in {files}'}: train through a recipe, call fit(config, pictures, folder) "
+            "and pass files=folder, or set mean and std"
+        )
+    return dataclasses.replace(how, mean=learned[0], std=learned[1])
 
 
-_EXAMPLES: tuple[Callable[[np.ndarray], Any], ...] = (
-    lambda p: Image.fromarray(p[:, :, :3]),
-    lambda p: Image.fromarray(p[:, :, 0]),
-    lambda p: Image.fromarray(p),
-    lambda p: p[:, :, 1].astype(np.uint16) * 257,
-    lambda p: Image.fromarray(p[:, :, :3]).quantize(16),
-    lambda p: torch.from_numpy(p[:, :, :3].copy()).permute(2, 0, 1).float() / 255,
-)
+def chosen_size(view: View | None, size: int) -> int | None:
+    """The side that a view wants its result to have (``size`` where it leaves that to the encoder), None if no wish."""
+    wish: int | None = getattr(view, "size", 0)
+    return size if wish is None else wish or None

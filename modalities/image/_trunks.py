@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmrep.config import dump, parse
-from mmrep.modalities.image._base import ImageEncoder, Preprocess
+from mmrep.modalities.image._base import ImageEncoder
+from mmrep.modalities.image._preprocess import Preprocess
 from mmrep.tokens import Encoding, Grid, Inputs, Tokens
 
 
@@ -52,7 +53,7 @@ class TrunkEncoder(ImageEncoder):
         return saved["model"], parse(Preprocess, saved["preprocess"])
 
     def tokenize(self, inputs: Inputs) -> Tokens:
-        """``{"pixels": [B, 3, H, W]}`` to tokens; see the trunk."""
+        """``{"pixels": [B, C, H, W]}`` to tokens; see the trunk."""
         return self.trunk.tokenize(self.normalize(inputs["pixels"]))
 
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
@@ -80,14 +81,14 @@ class TimmTrunk(nn.Module):
 
     Args:
         model: the timm model.
-        size: side of its input, in pixels.
+        size: side of its input, in pixels. channels: of its input.
         head: applied after the model's own head, as open_clip does; None for nothing.
 
     Attributes:
         width: D of the tokens. pooled_width: of the pooled vector. depth: number of blocks, 0 if not ViT-like.
     """
 
-    def __init__(self, model: Any, size: int, head: nn.Module | None = None) -> None:
+    def __init__(self, model: Any, size: int, *, channels: int = 3, head: nn.Module | None = None) -> None:
         super().__init__()
         self.model = model
         self.head = nn.Identity() if head is None else head
@@ -100,13 +101,13 @@ class TimmTrunk(nn.Module):
         was = model.training
         self.eval()
         with torch.no_grad():
-            out = self.encode(self.tokenize(torch.zeros(1, 3, size, size)))
+            out = self.encode(self.tokenize(torch.zeros(1, channels, size, size)))
         self.train(was)
         assert out.pooled is not None
         self.width, self.pooled_width = out.tokens.values.shape[-1], out.pooled.shape[-1]
 
     def tokenize(self, pixels: Tensor) -> Tokens:
-        """Normalised pixels [B, 3, H, W] to tokens [B, N, D']."""
+        """Normalised pixels [B, C, H, W] to tokens [B, N, D']."""
         if not self.vit:
             return self._from_features(self.model.forward_features(pixels))
         patches = self.model.patch_embed(pixels)

@@ -16,7 +16,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmrep.config import config
-from mmrep.modalities.image._base import ImageEncoder, Preprocess
+from mmrep.modalities.image._base import ImageEncoder
+from mmrep.modalities.image._preprocess import Preprocess
 from mmrep.tokens import Encoding, Grid, Inputs, Tokens
 
 Count = Annotated[int, Field(ge=1)]
@@ -54,6 +55,7 @@ class ImageCNN(ImageEncoder):
         final_norm: bool = False
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             if not self.widths or len(self.widths) != len(self.depths):
                 raise ValueError(f"widths {self.widths} and depths {self.depths} must have the same length, 1 or more")
             if self.kernel % 2 == 0:
@@ -65,7 +67,7 @@ class ImageCNN(ImageEncoder):
         super().__init__(config, files, preprocess=config)
         self.width, self.depth = config.widths[-1], len(config.widths)
         first, stride = config.widths[0], config.stem_stride
-        stem = nn.Conv2d(3, first, 3 if stride == 1 else 4, stride, 0 if stride == 4 else 1, bias=False)
+        stem = nn.Conv2d(config.channels, first, 3 if stride == 1 else 4, stride, 0 if stride == 4 else 1, bias=False)
         self.stem = nn.Sequential(stem, _norm(config, first), _ACTIVATIONS[config.activation]())
         stages: list[nn.Module] = []
         before = first
@@ -88,7 +90,7 @@ class ImageCNN(ImageEncoder):
         self.to(memory_format=torch.channels_last)
 
     def tokenize(self, inputs: Inputs) -> Tokens:
-        """``{"pixels": [B, 3, H, W]}`` to the stem's cells as tokens [B, H' * W', widths[0]]."""
+        """``{"pixels": [B, C, H, W]}`` to the stem's cells as tokens [B, H' * W', widths[0]]."""
         pixels = self.normalize(inputs["pixels"]).contiguous(memory_format=torch.channels_last)
         return _to_tokens(self.stem(pixels))
 

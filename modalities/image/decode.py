@@ -75,16 +75,17 @@ def decode(
     if isinstance(raw, np.ndarray):
         image = _from_array(raw, max_pixels)
     elif isinstance(raw, Image.Image):
-        image = _load(raw, max_pixels, None)
+        image = upright(raw, max_pixels)
     elif is_location(raw):
         with raw_stream(raw, "an image") as stream:
-            image = _from_stream(stream, max_pixels, at_least)
+            image = load_stream(stream, max_pixels, at_least)
     else:
-        image = _from_stream(raw_stream(raw, "an image"), max_pixels, at_least)
+        image = load_stream(raw_stream(raw, "an image"), max_pixels, at_least)
     return _flatten(image, background).convert(mode)
 
 
-def _from_stream(stream: Any, max_pixels: int, at_least: int | None) -> Image.Image:
+def load_stream(stream: Any, max_pixels: int, at_least: int | None = None) -> Image.Image:
+    """Decode a picture file, turned upright, in the mode that it has; see `decode`."""
     Image.init()
     try:
         image = Image.open(stream, formats=[name for name in FORMATS if name in Image.OPEN])
@@ -93,11 +94,11 @@ def _from_stream(stream: Any, max_pixels: int, at_least: int | None) -> Image.Im
     except _BOMBS as error:
         raise BadSampleError("too many pixels", str(error)) from error
     except _DECODER_ERRORS as error:
-        raise BadSampleError("damaged image", str(error)) from error
-    return _load(image, max_pixels, at_least)
+        raise _unreadable(error) from error
+    return upright(image, max_pixels, at_least)
 
 
-def _load(image: Image.Image, max_pixels: int, at_least: int | None) -> Image.Image:
+def upright(image: Image.Image, max_pixels: int, at_least: int | None = None) -> Image.Image:
     """Check the size in the header, decode, turn upright."""
     width, height = image.size
     if width * height > max_pixels:
@@ -111,14 +112,18 @@ def _load(image: Image.Image, max_pixels: int, at_least: int | None) -> Image.Im
     except _BOMBS as error:
         raise BadSampleError("too many pixels", str(error)) from error
     except _DECODER_ERRORS as error:
-        cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
-        raise BadSampleError("truncated image" if cut else "damaged image", str(error)) from error
+        raise _unreadable(error) from error
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         return ImageOps.exif_transpose(image) if turned else image
     except _DECODER_ERRORS as error:
         logger.debug("unreadable EXIF data ignored: %s", error)
         return image
+
+
+def _unreadable(error: Exception) -> BadSampleError:
+    cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
+    return BadSampleError("truncated image" if cut else "damaged image", str(error))
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmrep.config import config
-from mmrep.modalities.image._base import Overrides
+from mmrep.modalities.image._preprocess import Overrides, has_bands
 from mmrep.modalities.image._trunks import TimmTrunk, TrunkEncoder
 from mmrep.modalities.image.timm import check_safetensors
 from mmrep.registry import near
@@ -50,6 +50,12 @@ class OpenClipImage(TrunkEncoder):
         quick_gelu: bool | None = None
 
         def __post_init__(self) -> None:
+            super().__post_init__()
+            if has_bands(self):
+                raise ValueError(
+                    "channels, bands: open_clip's image towers read RGB pictures alone; for other channels use encoder "
+                    "{type: timm, channels: …}, image-vit or image-cnn"
+                )
             if self.pretrained and self.checkpoint:
                 raise ValueError("give either a pretrained tag or a checkpoint, not both")
             check_safetensors(self.checkpoint)

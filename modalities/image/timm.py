@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from mmrep.config import config
-from mmrep.modalities.image._base import Overrides, Preprocess
+from mmrep.modalities.image._preprocess import Overrides, Preprocess
 from mmrep.modalities.image._trunks import TimmTrunk, TrunkEncoder
 from mmrep.registry import near
 
@@ -36,7 +37,8 @@ class TimmEncoder(TrunkEncoder):
 
         model: a name of ``timm.list_models()``, or ``hf-hub:organisation/name``, or ``local-dir:path``. pretrained:
         load its published weights (a download). checkpoint: a ``.safetensors`` file of timm weights to load instead.
-        options: more arguments for ``timm.create_model``, such as ``drop_path_rate``.
+        options: more arguments for ``timm.create_model``, such as ``drop_path_rate``. Where ``channels`` is not 3, timm
+        repeats the pretrained filters of the first convolution over the channels, scaled (or sums them, for one).
         """
 
         model: str = "vit_tiny_patch16_224"
@@ -45,12 +47,15 @@ class TimmEncoder(TrunkEncoder):
         options: dict[str, Option] = field(default_factory=dict[str, Option])
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             if self.pretrained and self.checkpoint:
                 raise ValueError("give either pretrained: true or a checkpoint, not both")
             if "patch_drop_rate" in self.options:
                 raise ValueError(
                     "options.patch_drop_rate: tokens are dropped by an objective here, not inside the model"
                 )
+            if "in_chans" in self.options:
+                raise ValueError("options.in_chans: say `channels`, which the preprocessing must know too")
             check_safetensors(self.checkpoint)
 
     file = "timm.json"
@@ -59,7 +64,7 @@ class TimmEncoder(TrunkEncoder):
 
     def __init__(self, config: Config, files: Path | None = None) -> None:
         timm = import_module("timm")  # by name: static checkers take `import timm` in a file timm.py for this file
-        if files is not None:
+        if files is not None and (files / self.file).is_file():
             made_of, preprocess = self.read_files(files)
             model = timm.create_model(made_of["architecture"], num_classes=0, **made_of["options"])
         else:
@@ -68,7 +73,8 @@ class TimmEncoder(TrunkEncoder):
             preprocess = _preprocess(config, model, made_of["options"])
             if config.checkpoint:
                 _load(model, Path(config.checkpoint))
-        super().__init__(config, files, trunk=TimmTrunk(model, preprocess.size), made_of=made_of, preprocess=preprocess)
+        trunk = TimmTrunk(model, preprocess.size, channels=preprocess.channels)
+        super().__init__(config, files, trunk=trunk, made_of=made_of, preprocess=preprocess)
 
 
 def check_safetensors(path: str | None) -> None:
@@ -101,6 +107,8 @@ def _resolve(config: TimmEncoder.Config) -> dict[str, Any]:
     sized = "img_size" in options or options.get("dynamic_img_size")
     if config.size is not None and described.get("fixed_input_size") and not sized:
         options["img_size"] = config.size
+    if config.channels != 3:
+        options["in_chans"] = config.channels
     return {"architecture": architecture, "options": options}
 
 
@@ -122,13 +130,21 @@ def _preprocess(config: TimmEncoder.Config, model: Any, options: dict[str, Any])
 
 
 def _load(model: Any, path: Path) -> None:
-    from timm.models import load_checkpoint
+    from timm.models import adapt_input_conv, load_checkpoint
 
     if not path.is_file():
         raise ValueError(f"checkpoint: there is no file {str(path)!r}")
-    convert = getattr(
-        sys.modules[type(model).__module__], "checkpoint_filter_fn", None
-    )  # other names, other image size
+    other_names = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # and another image size
+    first = model.pretrained_cfg.get("first_conv") or ()
+
+    def convert(state: dict[str, Tensor], network: Any) -> dict[str, Tensor]:
+        state = state if other_names is None else other_names(state, network)
+        for name in (first,) if isinstance(first, str) else first:
+            wanted, found = network.state_dict().get(f"{name}.weight"), state.get(f"{name}.weight")
+            if wanted is not None and found is not None and wanted.shape[1] != found.shape[1]:
+                state[f"{name}.weight"] = adapt_input_conv(wanted.shape[1], found)
+        return state
+
     try:
         found = load_checkpoint(model, str(path), strict=False, filter_fn=convert)
     except (RuntimeError, SafetensorError) as error:

@@ -88,6 +88,10 @@ class ImageAugment(View):
             - ``erase`` [B, 4]: left, top, right, bottom in 0..1; all zero where nothing is erased.
         """
         pixels = _as_float(inputs["pixels"])
+        if pixels.shape[1] != 3:
+            raise ValueError(
+                f"image-augment changes RGB pictures, and this field has {pixels.shape[1]} channels: use image-crop"
+            )
         u = uniform(seeds.to(pixels.device), _DRAWS)
         params = {**self._geometry(u, *pixels.shape[-2:]), "erase": self._rectangles(u)}
         warped = warp(pixels, params["matrix"], self.config.fill)

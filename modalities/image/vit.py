@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from mmrep.blocks import Transformer
 from mmrep.config import config
-from mmrep.modalities.image._base import ImageEncoder, Preprocess
+from mmrep.modalities.image._base import ImageEncoder
+from mmrep.modalities.image._preprocess import Preprocess
 from mmrep.tokens import Encoding, Grid, Inputs, Tokens
 
 
@@ -54,6 +55,7 @@ class ImageViT(ImageEncoder):
         layer_scale: Annotated[float, Field(gt=0)] | None = None
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             if self.size % self.patch:
                 raise ValueError(f"patch={self.patch} does not divide size={self.size}")
             if self.width % self.heads:
@@ -67,7 +69,7 @@ class ImageViT(ImageEncoder):
         super().__init__(config, files, preprocess=config)
         self.width, self.depth, self.patch = config.width, config.depth, config.patch
         self.grid = config.size // config.patch
-        self.patches = nn.Conv2d(3, config.width, config.patch, stride=config.patch)
+        self.patches = nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch)
         self.transformer = Transformer(
             config.width,
             config.depth,
@@ -86,7 +88,7 @@ class ImageViT(ImageEncoder):
         self.special = nn.Parameter(0.02 * torch.randn(1, count, config.width)) if count else None
 
     def tokenize(self, inputs: Inputs) -> Tokens:
-        """``{"pixels": [B, 3, H, W]}`` to tokens [B, special + H/patch * W/patch, D].
+        """``{"pixels": [B, C, H, W]}`` to tokens [B, special + H/patch * W/patch, D].
 
         Raises:
             ValueError: ``patch`` does not divide H and W.

@@ -1,8 +1,7 @@
-"""What every text encoder shares: reading a raw value, padding on the right, and example texts."""
+"""What every text encoder shares: reading a raw value, and padding on the right."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,24 +10,9 @@ import torch
 from torch import Tensor
 
 from mmrep.encoder import BadSampleError, Encoder
+from mmrep.modalities.text._examples import examples, oddities
 from mmrep.tokens import Encoding, Grid, Inputs, Tokens
 from mmrep.views import View
-
-SENTENCES = (
-    "A dog runs along the beach.",
-    "Zwei rote Äpfel liegen auf dem Tisch.",
-    "Un chat dort au soleil.",
-    "La niña abre el libro.",
-    "Кошка смотрит в окно.",
-    "夜空に花火が上がる。",
-    "山上有一座小屋",
-    "قارب صغير في البحر",
-    "एक पीली बस",
-    "Smiling face with open mouth 😀",
-    "the number 42, twice: 42",
-    "Tree",
-)
-"""Sentences in several languages and scripts, from which `TextEncoder.examples` are made."""
 
 
 class TextEncoder(Encoder):
@@ -102,10 +86,11 @@ class TextEncoder(Encoder):
 
     def examples(self, n: int, seed: int) -> list[str]:
         """Texts of one to four sentences in several languages; the third is longer than ``max_length`` tokens."""
-        generator = random.Random(seed)
-        texts = [" ".join(generator.sample(SENTENCES, 1 + i % 4)) for i in range(n)]
-        return [f"{text} {' '.join(SENTENCES)}" * (1 + self.max_length // 40) if i == 2 else text
-                for i, text in enumerate(texts)]  # fmt: skip
+        return examples(n, seed, self.max_length)
+
+    def oddities(self, seed: int) -> dict[str, Any]:
+        """Texts without a word, of extreme length, of odd characters, wrong UTF-8, and what is no text at all."""
+        return oddities(seed)
 
 
 def grid(inputs: Inputs) -> Grid:

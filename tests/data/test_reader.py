@@ -9,6 +9,7 @@ from mmrep.data.reader import Item, Reader
 from mmrep.data.sample import Quarantined, Sample, stable_hash
 from mmrep.embed.memo import content_key
 from mmrep.encoder import Encoder
+from mmrep.views.view import uniform
 
 
 def plain() -> Reader:
@@ -186,3 +187,65 @@ def test_a_large_batch_comes_in_parts_of_nearly_equal_size_and_the_whole_keeps_w
     assert [k for part in parted.parts for k in part.keys.get("caption", [])] == whole.keys["caption"]
     assert [part.ids for part in reader.collate(items, micro_batch=5).parts] == [whole.ids]
     assert [part.ids for part in reader.collate([], micro_batch=5).parts] == [[]]
+
+
+class Drawn(Noise):
+    """Adds what it draws, and tells it."""
+
+    size = 5
+
+    def parameters(self, decoded, seed):
+        return {"amount": uniform(torch.tensor([seed]), 1)[0, 0], "rows": torch.tensor(decoded.shape[-2:])}
+
+
+def test_what_a_view_draws_sample_by_sample_is_handed_out_with_the_batch():
+    source = make_source(4)
+    reader = make_reader(views={"image": [Drawn(), None, Drawn()]})
+    plain = make_reader(views={})
+    samples = [source[0], Sample("no picture", {"caption": "a"}), source[1], source[2]]
+    batch = reader.collate([reader.read(sample, 0) for sample in samples])
+    clean = plain.collate([plain.read(sample, 0) for sample in samples]).inputs["image"][0]["pixels"]
+    assert set(batch.params) == {"image"}
+    assert [set(view) for view in batch.params["image"]] == [{"amount", "rows"}, set(), {"amount", "rows"}]
+    for view in (0, 2):
+        drawn = batch.params["image"][view]
+        assert drawn["rows"].tolist() == [[8, 8]] * 3
+        torch.testing.assert_close(
+            batch.inputs["image"][view]["pixels"] - clean, drawn["amount"][:, None, None, None].expand_as(clean),
+            atol=2e-5, rtol=0,
+        )  # fmt: skip
+    assert not torch.equal(batch.params["image"][0]["amount"], batch.params["image"][2]["amount"])
+    moved = batch.to("meta")
+    assert moved.params["image"][0]["amount"].is_meta
+    parted = reader.collate([reader.read(sample, 0) for sample in samples], micro_batch=2)
+    assert torch.equal(
+        torch.cat([part.params["image"][2]["amount"] for part in parted.parts]), batch.params["image"][2]["amount"]
+    )
+    assert parted.params == {}
+
+
+def test_a_memoised_field_and_a_kept_reading_keep_what_was_drawn():
+    source = make_source(2)
+    reader = make_reader(views={"image": [Drawn()], "caption": [None]}, memoised=["image"])
+    batch = reader.collate([reader.read(source[0], 0)])
+    assert batch.params["image"][0]["amount"].shape == (1,)
+    whole = reader.read(source[0], 0)
+    assert isinstance(whole, Item)
+    assert whole.only(["caption"]).params == {}
+    assert whole.only(["image"]).params == whole.params
+    again = reader.read(source[0], 1, whole.only(reader.fixed))
+    assert not torch.equal(again.params["image"][0]["amount"], whole.params["image"][0]["amount"])
+
+
+def test_a_recorded_view_passes_for_the_view_it_records():
+    import pickle
+
+    from mmrep.views.view import Recorded
+
+    recorded = pickle.loads(pickle.dumps(Recorded(Drawn())))
+    assert recorded.size == 5
+    assert recorded.role == "global"
+    pixels = torch.zeros(3, 4, 4)
+    assert torch.equal(recorded.sample(pixels, 9), Drawn().sample(pixels, 9))
+    assert torch.equal(recorded.params["amount"], Drawn().parameters(pixels, 9)["amount"])
+    assert not hasattr(recorded, "no_such_thing")

@@ -157,6 +157,17 @@ def test_views_act_on_the_device_with_the_seeds_of_the_rows_that_are_present():
     assert not holes.embedding("x")[1].any()
 
 
+def test_parameters_drawn_in_the_reader_stand_beside_those_of_the_device():
+    root = build(views={"x": [Shift(None)]})
+    drawn = batch(4)
+    drawn.params = {"x": [{"box": torch.arange(4.0), "amount": torch.zeros(4)}], "y": [{"box": torch.ones(4)}]}
+    step = step_of(root, drawn)
+    assert torch.equal(step.params("x")["box"], torch.arange(4.0))
+    assert torch.equal(step.params("x")["amount"], step_of(root, batch(4)).params("x")["amount"])
+    assert torch.equal(step.params("y")["box"], torch.ones(4))  # a field without a view on the device
+    assert step_of(root, batch(4)).params("y") == {}
+
+
 def test_what_is_asked_twice_is_computed_once():
     step = step_of(build(), batch())
     assert step.embedding("x") is step.embedding("x")

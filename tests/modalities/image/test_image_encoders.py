@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mmrep.config import ConfigError, component
+from mmrep.encoder import BadSampleError
 from mmrep.modalities.image.cnn import ImageCNN
 from mmrep.modalities.image.vit import ImageViT, sincos_2d
 from mmrep.registry import encoders
@@ -183,3 +184,23 @@ def test_dropped_tokens_cost_nothing():
     seconds(None), seconds(keep)
     full, quarter = (min(seconds(k) for _ in range(5)) for k in (None, keep))
     assert quarter / full < 0.4, f"a quarter of the tokens costs {quarter / full:.2f} of all"
+
+
+def test_oddities_are_read_or_refused_for_their_own_cause():
+    causes: dict[str, set[str]] = {}
+    for name, raw in vit().oddities(0).items():
+        try:
+            vit().prepare(raw)
+        except BadSampleError as error:
+            causes.setdefault(error.cause, set()).add(name)
+    assert causes == {
+        "empty image": {"no rows", "no columns"},
+        "unsupported pixels": {"a vector", "four axes", "five channels", "channels first", "int32", "complex",
+                               "objects"},
+        "not finite": {"NaN", "infinity"},
+        "value range": {"the largest float", "negative", "bytes as floats"},
+        "truncated image": {"half of a PNG", "half of a JPEG", "a header alone"},
+        "damaged image": {"a PNG with a damaged middle"},
+        "not an image": {"a number", "no bytes", "zeros", "text", "an empty dict", "nothing", "a list"},
+        "missing file": {"a string that is no path", "no file"},
+    }  # fmt: skip

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from mmrep.encoder import BadSampleError
-from mmrep.modalities.image._base import Preprocess, fit_square
+from mmrep.modalities.image._preprocess import Preprocess, fit_square
 from mmrep.modalities.image.cnn import ImageCNN
 from mmrep.views import View
 

@@ -18,9 +18,12 @@ def test_the_example_prints_what_it_says(capsys):
 
 def test_every_cause_of_a_bad_sample_is_listed():
     folder = Path(image.__file__).parent
-    source = "".join((folder / name).read_text(encoding="utf-8") for name in ("decode.py", "_base.py"))
+    source = "".join(
+        (folder / name).read_text(encoding="utf-8")
+        for name in ("decode.py", "_preprocess.py", "_bands.py", "_normalization.py")
+    )
     source += Path(raw.__file__).read_text(encoding="utf-8")
     raised = {"truncated image", "damaged image", *re.findall(r'BadSampleError\(\s*"([^"]+)"', source)}
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert all(f"`{cause}`" in readme for cause in raised)
-    assert len(raised) == 12
+    assert len(raised) == 13

@@ -10,6 +10,7 @@ import torch
 from tiny_hf import KINDS
 
 from mmrep.config import component
+from mmrep.encoder import BadSampleError
 from mmrep.testing import check_encoder
 
 
@@ -36,3 +37,21 @@ def test_text_transformer_with_a_learned_tokenizer(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_hf_text(hf_folder: Callable[[str], Path], kind: str) -> None:
     check_encoder(component("encoders", "hf-text", path=str(hf_folder(kind))).build())
+
+
+def test_oddities_are_read_or_refused_for_their_own_cause() -> None:
+    encoder = component("encoders", "text-transformer", width=8, depth=1, heads=1).build()
+    found = {}
+    for name, raw in encoder.oddities(0).items():
+        try:
+            found[name] = len(encoder.prepare(raw)["ids"])
+        except BadSampleError as error:
+            found[name] = error.cause
+    empty = {"no characters", "no bytes", "blanks", "an empty list", "a list of blanks"}
+    wrong = {
+        "a lone surrogate", "wrong UTF-8", "UTF-8 cut in a character", "a number", "not a number", "nothing",
+        "None in a list", "a number in a list", "a list in a list", "an array of numbers", "a dict",
+    }  # fmt: skip
+    assert {name for name, cause in found.items() if cause == "empty text"} == empty
+    assert {name for name, cause in found.items() if cause == "not text"} == wrong
+    assert found["a million characters"] == found["a million letters without a blank"] == encoder.max_length

@@ -1,0 +1,1 @@
+"""Sound: decoding, encoders of waveforms and spectrograms, augmentation."""

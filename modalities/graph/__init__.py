@@ -1,0 +1,1 @@
+"""Graphs and molecules: reading, encoders, node and edge embeddings, augmentation."""

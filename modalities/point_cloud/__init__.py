@@ -1,0 +1,1 @@
+"""Point clouds and meshes: decoding, grouping, encoders and augmentation."""

@@ -1,0 +1,114 @@
+"""The Hugging Face video models that are known, cut into what the encoder contract asks for: embed, blocks, norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one architecture is taken apart.
+
+    Attributes:
+        cls: name of the transformers class.
+        frames: the field of its config that says how many frames it was trained with.
+        tubelet: from its config to (frames, rows, columns) of a tubelet.
+        embed: from the model and normalised frames [B, T, 3, H, W] to embeddings with positions.
+        blocks: from the model to its blocks.
+        block: from a block, tokens, and their places in the full grid (int64 [B, N], None = all, in order) to tokens.
+        norm: from the model to its last norm, if it has one.
+        part: the attribute of the model that is its encoder, if it is not the model itself.
+        special: leading class tokens.
+        drops: whether tokens may be dropped.
+        any_length: whether it reads other numbers of frames than it was trained with.
+        side: from its config to the tokens in a row, where its blocks must be told the places of tokens.
+        time_last: its tokens run through time at each place, rather than through places at each time.
+    """
+
+    cls: str
+    frames: str
+    tubelet: Callable[[Any], tuple[int, int, int]]
+    embed: Callable[[Any, Tensor], Tensor]
+    blocks: Callable[[Any], Sequence[nn.Module]]
+    block: Callable[[Any, Tensor, Tensor | None], Tensor]
+    norm: Callable[[Any], nn.Module | None]
+    part: str | None = None
+    special: int = 0
+    drops: bool = True
+    any_length: bool = False
+    side: Callable[[Any], int] | None = None
+    time_last: bool = False
+
+
+def _cube(config: Any) -> tuple[int, int, int]:
+    return config.tubelet_size, config.patch_size, config.patch_size
+
+
+FAMILIES = {
+    "videomae": Family(
+        cls="VideoMAEModel",
+        frames="num_frames",
+        tubelet=_cube,
+        embed=lambda model, frames: model.embeddings(frames, None),
+        blocks=lambda model: model.encoder.layer,
+        block=lambda block, values, _: block(values),
+        norm=lambda model: model.layernorm,
+    ),
+    "vjepa2": Family(
+        cls="VJEPA2Model",
+        part="encoder",
+        frames="frames_per_clip",
+        tubelet=_cube,
+        embed=lambda model, frames: model.embeddings(frames),
+        blocks=lambda model: model.layer,
+        block=lambda block, values, places: block(values, places)[0],
+        norm=lambda model: model.layernorm,
+        any_length=True,
+        side=lambda config: config.crop_size // config.patch_size,
+    ),
+    "timesformer": Family(
+        cls="TimesformerModel",
+        frames="num_frames",
+        tubelet=lambda config: (1, config.patch_size, config.patch_size),
+        embed=lambda model, frames: model.embeddings(frames),
+        blocks=lambda model: model.encoder.layer,
+        block=lambda block, values, _: block(values)[0],
+        norm=lambda model: model.layernorm,
+        special=1,
+        drops=False,
+        time_last=True,
+    ),
+    "vivit": Family(
+        cls="VivitModel",
+        frames="num_frames",
+        tubelet=lambda config: tuple(config.tubelet_size),
+        embed=lambda model, frames: model.embeddings(frames),
+        blocks=lambda model: model.layers,
+        block=lambda block, values, _: block(values, None),
+        norm=lambda model: model.layernorm,
+        special=1,
+    ),
+}
+"""By ``model_type`` of the checkpoint's config."""
+
+
+def choose(config: Any) -> tuple[Any, Any]:
+    """The transformers class to build, and its config.
+
+    Raises:
+        ValueError: a model of another kind.
+    """
+    import transformers
+
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        raise ValueError(f"a {config.model_type!r} model is no video model that hf-video knows: {', '.join(FAMILIES)}")
+    if getattr(config, "attention_type", "") == "space_only":
+        raise ValueError(
+            "a TimeSformer of attention type 'space_only' averages frames inside: use video-frames instead"
+        )
+    return getattr(transformers, family.cls), config

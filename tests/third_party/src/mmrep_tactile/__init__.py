@@ -1,0 +1,1 @@
+"""Touch for mmrep: frames of a pressure sensor."""
