@@ -41,7 +41,7 @@ CASES = [
     ("video-frames", {"encoder": {"type": "timm", "model": "test_vit", "size": 32}, "frame_pool": "native",
                       "depth": 1, "frames": 2}),
 ]  # fmt: skip
-HF_CASES = [*((kind, {}) for kind in KINDS), ("vjepa2", {"clips": 2}), ("timesformer", {"clips": 2}),
+HF_CASES = [*((kind, {}) for kind in KINDS if kind != "videomae-norm"), ("vjepa2", {"clips": 2}), ("timesformer", {"clips": 2}),
             ("vivit", {"pooler": True, "clips": 2}), ("vjepa2", {"frames": 6, "sampling": "fps"})]  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_prepare_gives_the_frames_that_sampling_chooses_with_their_times():
     item = encoder.prepare((numbered(10), 10))
     assert item["frames"].dtype == torch.uint8
     assert item["frames"].shape == (3, 3, 16, 16)
-    assert [round((float(f.float().mean()) - 8) / 8) for f in item["frames"]] == [1, 5, 8]
+    assert [round((float(f.float().mean()) - 4) / 8) for f in item["frames"]] == [1, 5, 8]
     torch.testing.assert_close(item["times"], torch.tensor([0.1, 0.5, 0.8]))
 
 
@@ -122,7 +122,7 @@ def test_preview_is_the_middle_frame_at_its_own_size():
     picture = build().preview(numbered(11, 30, 20))
     assert isinstance(picture, Image.Image)
     assert picture.size == (30, 20)
-    assert np.asarray(picture)[0, 0, 0] == 8 + 8 * 5
+    assert np.asarray(picture)[0, 0, 0] == 4 + 8 * 5
 
 
 @pytest.mark.parametrize(("width", "height"), [(37, 61), (64, 48), (16, 16), (200, 9)])
