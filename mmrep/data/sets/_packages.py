@@ -18,7 +18,8 @@ def find(root: str | None, default: str, holds: str, command: str) -> Path:
     """The folder of a data set.
 
     Args:
-        root: where the user says that it lies; None = ``default``.
+        root: where the user says that it lies; None = ``default``, or else the same path below the working directory,
+            where ``dpkg -x package.deb .`` puts what ``apt-get install`` would put below ``/``.
         default: where the package installs it.
         holds: a pattern of what must be there, such as ``"*/*.txt"``.
         command: what installs the package.
@@ -26,13 +27,14 @@ def find(root: str | None, default: str, holds: str, command: str) -> Path:
     Raises:
         ConfigError: nothing of that name is there; the message is the command.
     """
-    folder = Path(default if root is None else root).expanduser()
-    if not folder.is_dir() or next(folder.glob(holds), None) is None:
-        there = "holds no" if folder.is_dir() else "is no folder with"
-        raise ConfigError([
-            f"root: {str(folder)!r} {there} {holds}; install the data with `{command}`, or let `root` say where it lies"
-        ])  # fmt: skip
-    return folder
+    places = [Path(root).expanduser()] if root is not None else [Path(default), Path(default.lstrip("/"))]
+    for folder in places:
+        if folder.is_dir() and next(folder.glob(holds), None) is not None:
+            return folder
+    there = "holds no" if places[0].is_dir() else "is no folder with"
+    raise ConfigError([
+        f"root: {str(places[0])!r} {there} {holds}; install the data with `{command}`, or let `root` say where it lies"
+    ])  # fmt: skip
 
 
 def find_module(module: str, root: str | None, below: str, holds: str, command: str) -> Path:

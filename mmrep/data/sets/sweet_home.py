@@ -1,11 +1,11 @@
 """Furniture of Sweet Home 3D: shapes, icons and names in twenty languages.
 
-The data are the Debian packages ``sweethome3d-furniture`` (1.8: four catalogues by others, 820 models, CC0 and
-CC-BY 3.0) and ``sweethome3d`` (the program, whose jar holds 100 models by eTeks). The program draws in Java; to have
-the files alone, unpack both packages anywhere and let ``root`` say where::
+The data are the Debian packages ``sweethome3d-furniture`` (1.8: five catalogues by others, 820 models, CC0 and
+CC-BY 3.0) and ``sweethome3d`` (the program, whose jar holds 100 models by eTeks). The program draws in Java. To have
+the files alone, unpack both where you run mmrep, or anywhere and let ``root`` say where::
 
     apt-get download sweethome3d sweethome3d-furniture
-    for file in sweethome3d*.deb; do dpkg -x $file /some/folder; done    # root: /some/folder/usr/share/sweethome3d
+    for file in sweethome3d*.deb; do dpkg -x $file .; done    # ./usr/share/sweethome3d
 
 A catalogue is a zip with a property file of entries, a mesh (OBJ) and an icon for each, and a property file of names a
 language. Eight entries are light sources: they have a name and an icon, and no surface.
@@ -56,7 +56,7 @@ _NOT_SAID = {"Blend Swap", "SCPTS", "Default", "Adjustable"}  # tags that tell t
 
 @config
 class SweetHomeConfig(SourceConfig):
-    """root: the folder ``sweethome3d``; None = where Debian installs it.
+    """root: the folder ``sweethome3d``; None = where Debian installs it, or ``./usr/share/sweethome3d``.
 
     split: part of the catalogues. held_out: catalogues of the test; validation: of the validation; the others train.
     languages: of ``caption``, which lists the names in all of them. tags: also list the English name with its tags

@@ -40,7 +40,7 @@ _NAME = re.compile(r"(?P<language>[\w@]+)\.utf8=(?P<name>.*)")
 
 @config
 class TuxpaintConfig(SplitConfig):
-    """root: the folder of the stamps; None = where Debian installs it.
+    """root: the folder of the stamps; None = where Debian installs it, or ``./usr/share/tuxpaint/stamps``.
 
     languages: of ``caption``, which lists the names in all of them. speech_languages: of the spoken names; the default
     are the five with most clips. clips: ``each`` = one row per stamp and speech language, ``one`` = one row per stamp,

@@ -84,6 +84,15 @@ def test_a_package_that_is_absent_names_its_command(tmp_path):
     assert find_module("no_such_module", str(tmp_path), "data", "*.txt", "") == tmp_path / "data"
 
 
+def test_what_was_unpacked_here_is_found(tmp_path, monkeypatch):
+    files(tmp_path, {"usr/share/no-such-package/a.txt": "x"})
+    monkeypatch.chdir(tmp_path)
+    found = find(None, "/usr/share/no-such-package", "*.txt", "get it")
+    assert found.samefile(tmp_path / "usr/share/no-such-package")
+    with pytest.raises(ConfigError, match="'/elsewhere' is no folder"):
+        find("/elsewhere", "/usr/share/no-such-package", "*.txt", "get it")
+
+
 def test_versions(tmp_path):
     log = gzip.compress(b"stamps (2022.06-1) unstable; urgency=low\n\n  * (9.9)\n")
     files(tmp_path, {

@@ -115,6 +115,13 @@ def test_one_clip_a_stamp(stamps):
     assert len(source) == 6
     assert chosen["animals/birds/duck"] == "fr"
     assert chosen["plants/rose"] == "de"  # the language that it is spoken in
+    choices = [build(stamps, clips="one", seed=seed) for seed in range(12)]
+    found = {
+        item: {dict(zip(c.column("item"), c.column("language"), strict=True))[item] for c in choices} for item in chosen
+    }
+    assert found["animals/goose"] == {"fr"}
+    assert found["plants/rose"] == {"de"}
+    assert found["symbols/a"] == {"fr", "de"}  # it is spoken in neither
     order = build(stamps, clips="one", exclude=["animals"])
     assert {i: chosen[i] for i in order.column("item")} == dict(
         zip(order.column("item"), order.column("language"), strict=True)
@@ -125,6 +132,13 @@ def test_folders_are_left_out_whole(stamps):
     assert set(build(stamps, exclude=["animals/birds", "symbols"]).column("item")) == {
         "animals/goose", "plants/rose", "plants/rose[1]", "plants/nameless",
     }  # fmt: skip
+
+
+def test_a_folder_is_not_left_out_for_how_its_name_begins(stamps):
+    files(stamps, {"animals2/cow.txt": "A cow."})
+    items = build(stamps, exclude=["animals"]).column("item")
+    assert "animals2/cow" in items
+    assert not any(item.startswith("animals/") for item in items)
 
 
 def test_wrong_options_are_explained(stamps, tmp_path):
