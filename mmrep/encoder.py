@@ -115,6 +115,15 @@ class Encoder(nn.Module):
         """How long a prepared item is, for sorting into batches of similar length. The default is constant."""
         return 1
 
+    def summary(self, item: Inputs) -> Tensor:
+        """A prepared item in a fixed number of plain figures, without anything learned: float32 [k].
+
+        It is what the ``nearest-input`` baseline compares, so it should be the simplest honest description of the
+        modality: pixels, a mean spectrum, counts of atoms. The default is the item's own values, which serves where all
+        items have one size.
+        """
+        return torch.cat([value.reshape(-1).float() for value in item.values()]) / 255
+
     def tokenize(self, inputs: Inputs) -> Tokens:
         """Inputs to tokens [B, N, D], with positions added."""
         raise NotImplementedError

@@ -19,6 +19,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
@@ -58,7 +59,10 @@ def require(module: str, extra: str) -> ModuleType:
         MissingPackageError: the module, or something it imports, is not installed.
     """
     try:
-        return importlib.import_module(module)
+        with warnings.catch_warnings():  # what is deprecated inside a foreign package is its authors' business
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise MissingPackageError(
             f'{module} needs the package {error.name!r}, which is not installed: pip install "mmrep[{extra}]"'

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mmrep.data.sample import Sample
 from mmrep.data.source import Source
-from mmrep.encoder import BadSampleError
+from mmrep.encoder import BadSampleError, Encoder
 from mmrep.evaluate.encoded import EncodedSet
 from mmrep.evaluate.retrieval import top_k
 from mmrep.model import Model, Tower
@@ -25,10 +25,10 @@ _MAX_TRAIN = 20_000
 def nearest_input(
     untrained: Model, train: Source, test: EncodedSet, *, near: tuple[str, str], described: tuple[str, str], k: int = 1
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Describe each held-out item by its nearest training item in raw inputs (pixels, for pictures).
+    """Describe each held-out item by its nearest training item in raw inputs (`Encoder.summary`; pixels, for pictures).
 
     An item's vector is the mean of the *descriptions* of its ``k`` nearest training items, nearest by Euclidean
-    distance of the encoder's prepared inputs; a description is the pooled, unprojected feature of the untrained tower
+    distance of the encoder's summaries; a description is the pooled, unprojected feature of the untrained tower
     (a pretrained text encoder's sentence embedding, where the tower starts from one).
 
     Args:
@@ -48,9 +48,10 @@ def nearest_input(
     train_near, train_text, _ = _read(untrained, _samples(train), near, described)
     test_near, test_text, rows = _read(untrained, test.samples, near, described)
     # Nearest by Euclidean distance = largest (x·y - |y|²/2): one more coordinate turns it into an inner product.
-    keys = _flat(train_near, near[0])
+    encoder = untrained.tower(near[1]).encoder
+    keys = _flat(encoder, train_near, near[0])
     keys = torch.cat([keys, -keys.pow(2).sum(1, keepdim=True) / 2], 1)
-    queries = _flat(test_near, near[0])
+    queries = _flat(encoder, test_near, near[0])
     _, index = top_k(torch.cat([queries, torch.ones(len(queries), 1)], 1), keys, k)
     tower = untrained.tower(described[1])
     items = F.normalize(_features(tower, train_text)[index].mean(1), dim=1)
@@ -79,8 +80,9 @@ def lookup(
     if any(sample.group is None or sample.group not in known for sample in test.samples):
         return None
     test_inputs, _, test_rows = _read(untrained, test.samples, near, near)
-    items = _flat(test_inputs, near[0])
-    queries = _flat([known[test.samples[row].group] for row in test_rows], near[0])
+    encoder = untrained.tower(near[1]).encoder
+    items = _flat(encoder, test_inputs, near[0])
+    queries = _flat(encoder, [known[test.samples[row].group] for row in test_rows], near[0])
     half = [-values.pow(2).sum(1, keepdim=True) / 2 for values in (items, queries)]
     items = torch.cat([items, half[0], torch.ones_like(half[0])], 1)
     queries = torch.cat([queries, torch.ones_like(half[1]), half[1]], 1)
@@ -108,11 +110,11 @@ def _read(
     return [first for first, _ in read], [second for _, second in read], rows
 
 
-def _flat(items: Sequence[Inputs], field: str) -> torch.Tensor:
-    rows = [torch.cat([value.reshape(-1).float() for value in item.values()]) for item in items]
+def _flat(encoder: Encoder, items: Sequence[Inputs], field: str) -> torch.Tensor:
+    rows = [encoder.summary(item) for item in items]
     if len({len(row) for row in rows}) > 1:
         raise ValueError(f"baseline 'nearest-input': field {field!r} has inputs of different sizes")
-    return torch.stack(rows) / 255
+    return torch.stack(rows)
 
 
 def _features(tower: Tower, items: Sequence[Inputs], batch_size: int = 64) -> torch.Tensor:

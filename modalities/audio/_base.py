@@ -104,6 +104,17 @@ class AudioEncoder(Encoder):
         inputs = pad_waves([item["wave"] for item in items], self.channels)
         return {**inputs, "seconds": inputs["lengths"] / self.preprocess.sampling_rate}
 
+    def summary(self, item: Inputs) -> Tensor:
+        """Mean and standard deviation over time of the log power of 257 frequencies: float32 [514]."""
+        if "wave" not in item:
+            return super().summary(item)
+        wave = item["wave"].mean(0)
+        wave = nn.functional.pad(wave, (0, max(0, 512 - len(wave))))
+        window = torch.hann_window(512, device=wave.device)
+        power = torch.stft(wave, 512, 256, window=window, center=False, return_complex=True).abs().square()
+        log = (power + 1e-8).log()
+        return torch.cat([log.mean(1), log.std(1, correction=0)])
+
     def examples(self, n: int, seed: int) -> list[Any]:
         """Tones, chirps, clicks, noise and silence of odd lengths, rates, formats and channels."""
         return examples(n, seed)

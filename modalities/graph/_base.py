@@ -95,6 +95,17 @@ class GraphEncoder(Encoder):
         """The number of nodes."""
         return len(item["nodes"])
 
+    def summary(self, item: Inputs) -> Tensor:
+        """Counts of nodes by first category (120) and by degree (0 to 8 and more), and sums of features: float32."""
+        edges, n = item["edges"], len(item["nodes"])
+        degrees = torch.bincount(edges[:, 0], minlength=n)[:n].clamp_max(8)
+        parts = [torch.bincount(degrees, minlength=9)]
+        if "categories" in item:
+            parts.append(torch.bincount(item["categories"][:, 0].clamp(0, 119), minlength=120))
+        if "features" in item:
+            parts.append(item["features"].sum(0))
+        return torch.cat([part.float() for part in parts])
+
     def tokens(self, inputs: Inputs, values: Tensor, distances: Tensor | None = None) -> Tokens:
         """Node values [B, N, D] with their grid."""
         B, N = inputs["valid"].shape

@@ -113,6 +113,14 @@ class PointEncoder(Encoder):
         """The number of points."""
         return len(item["points"])
 
+    def summary(self, item: Inputs) -> Tensor:
+        """32 quantiles of the distance to the centroid, and the spread along the three main axes: float32 [35]."""
+        points = item["points"].float()
+        centred = points - points.mean(0)
+        levels = torch.linspace(0, 1, 32, device=points.device)
+        spread = torch.linalg.eigvalsh(centred.T @ centred / len(points)).clamp_min(0).sqrt()
+        return torch.cat([torch.quantile(centred.norm(dim=1), levels), spread])
+
     def point_features(self, inputs: Inputs) -> Tensor:
         """The features that the config names, float32 [B, N, channels], in about -1..1."""
         scaled = {"colors": lambda c: 2 * c - 1, "normals": lambda n: n}

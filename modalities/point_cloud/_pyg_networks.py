@@ -7,7 +7,6 @@ Normalisation is LayerNorm throughout, where the papers have BatchNorm, which wo
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -156,13 +155,13 @@ def _down(places: Places, count: int, neighbors: int) -> tuple[Places, Tensor]:
     """The places of ``count`` farthest points, and who of the points is near each: int64 [B, count, neighbors]."""
     points, valid = places
     chosen = farthest_points(points, valid, count)
-    centres, present = gather(points, chosen), chosen >= 0
-    index = nearest(centres, points, valid, neighbors).masked_fill(~present[..., None], -1)
-    return (centres, present), index
+    centres = gather(points, chosen)
+    return (centres, chosen >= 0), nearest(centres, points, valid, neighbors)
 
 
 def _pooled(values: Tensor, index: Tensor) -> Tensor:
-    """The maximum of ``values`` [B, N, C] over the neighbours [B, Q, K]; zero where there are none."""
-    low: Any = torch.finfo(values.dtype).min
-    members = gather(values, index).masked_fill((index < 0)[..., None], low)
-    return members.amax(2).masked_fill((index < 0).all(2)[..., None], 0)
+    """The maximum of ``values`` [B, N, C] over the neighbours [B, Q, K].
+
+    Values come from a ReLU, so that the zero of an empty slot is never above them.
+    """
+    return gather(values, index).amax(2)

@@ -123,7 +123,7 @@ class PointAugment(View):
         count = valid.sum(1)
         order = valid.cumsum(1)  # the n-th valid point has n, from 1
         wanted = (u[:, 9] * count).long().clamp(max=(count - 1).clamp_min(0)) + 1
-        centre = ((order == wanted[:, None]) & valid).int().argmax(1)
+        centre = (order == wanted[:, None]).int().argmax(1)  # the first of that number is the point itself
         kept = valid
         if c.crop[0] < 1:
             share = c.crop[0] + (c.crop[1] - c.crop[0]) * u[:, 10]

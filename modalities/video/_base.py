@@ -144,6 +144,14 @@ class VideoEncoder(Encoder):
         """The number of frames."""
         return item["times"].numel()
 
+    def summary(self, item: Inputs) -> Tensor:
+        """The mean frame, and the mean change from a frame to the next: float32 [2 * 3 * H * W]."""
+        if "frames" not in item:
+            return super().summary(item)
+        frames = item["frames"].flatten(0, -4).float() / 255
+        change = frames.diff(dim=0).abs().mean(0) if len(frames) > 1 else torch.zeros_like(frames[0])
+        return torch.cat([frames.mean(0).flatten(), change.flatten()])
+
     def clip_tokens(self, inputs: Inputs) -> Tokens:
         """Inputs of single clips, [B, T, …], to tokens, special ones in front."""
         raise NotImplementedError

@@ -34,7 +34,10 @@ def together(tokens: Tokens, clips: int) -> Tokens:
     grid, values = tokens.grid, tokens.values
     rows, N, D = values.shape
     B = rows // clips
-    S = int(grid.special[0].sum()) if rows else 0
+    if grid.shape is not None:
+        S = N - torch.Size(grid.shape).numel()
+    else:
+        S = int(grid.special[0].sum()) if rows else 0
     n = N - S
     number = torch.arange(clips, device=values.device, dtype=grid.coords.dtype).view(1, clips, 1, 1)
     coords = grid.coords[:, S:].reshape(B, clips, n, grid.coords.shape[-1])

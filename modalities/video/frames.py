@@ -105,7 +105,7 @@ class VideoFrames(VideoEncoder):
     def fit(cls, config: Config, samples: Iterable[Any], folder: Path) -> None:
         """Let the image encoder learn from the middle frames of the videos."""
         inner = folder / _FOLDER
-        inner.mkdir()
+        inner.mkdir(exist_ok=True)
         config.encoder.cls.fit(config.encoder.config, _MiddleFrames(samples, config), inner)
         if not any(inner.iterdir()):
             inner.rmdir()
@@ -169,7 +169,7 @@ class VideoFrames(VideoEncoder):
     def save_files(self, folder: Path) -> None:
         """Write the image encoder's files into a folder of their own."""
         inner = folder / _FOLDER
-        inner.mkdir()
+        inner.mkdir(exist_ok=True)
         self.inner.save_files(inner)
         if not any(inner.iterdir()):
             inner.rmdir()

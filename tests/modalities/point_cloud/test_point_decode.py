@@ -305,9 +305,12 @@ def test_meshes_without_a_surface_give_their_vertices():
 def test_broken_meshes():
     assert cause({"bytes": b"OFF\n2 1 0\n0 0 0\n1 0 0\n3 0 1 2\n", "path": "a.off"}) == "damaged cloud"
     assert cause({"bytes": b"OFF\n3 1 0\n0 0 0\nnan 0 0\n0 1 0\n3 0 1 2\n", "path": "a.off"}) == "not finite"
-    assert (
-        cause(BOX, max_points=7) == cause(BOX, max_points=11) == cause(trimesh.Scene(BOX), max_points=7) == "too large"
-    )
+    assert cause(trimesh.Trimesh(BOX.vertices, [[0, 1, 9]], process=False)) == "damaged cloud"
+    assert cause(trimesh.Trimesh(BOX.vertices, [[0, 1, -1]], process=False)) == "damaged cloud"
+    for raw in (BOX, trimesh.Scene(BOX)):
+        for limit in (7, 11):  # it has 8 vertices and 12 faces
+            assert cause(raw, samples=5, max_points=limit) == "too large"
+        assert len(decode(raw, samples=5, max_points=12).points) == 5
 
 
 def test_nothing_is_fetched_or_opened_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -97,10 +97,11 @@ def test_holes_among_the_points_are_skipped():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_same_indices_alone_and_in_any_batch(seed: int):
-    """Symmetric clouds, whose centroid and distances are ties but for rounding."""
+    """Far off and symmetric about a point: distances are exact ties, sums of coordinates need more than 24 bits."""
     generator = torch.Generator().manual_seed(seed)
-    half = torch.randn(6, 50, 3, generator=generator)
-    points = torch.cat([half, -half, half[..., [1, 2, 0]]], 1) + torch.randn(6, 1, 3, generator=generator)
+    half = torch.randint(-(1 << 12), 1 << 12, (6, 75, 3), generator=generator)
+    middle = torch.randint(1 << 20, 1 << 21, (6, 1, 3), generator=generator)
+    points = torch.cat([middle + half, middle - half], 1) / 4096
     valid = torch.ones(6, 150, dtype=torch.bool)
     wide = torch.cat([points, torch.full((6, 61, 3), 7.0)], 1)
     mask = torch.cat([valid, torch.zeros(6, 61, dtype=torch.bool)], 1)
@@ -111,6 +112,8 @@ def test_the_same_indices_alone_and_in_any_batch(seed: int):
         assert torch.equal(alone[0], centres[i])
         near = nearest(gather(points[i : i + 1], alone), points[i : i + 1], valid[i : i + 1], 10)
         assert torch.equal(near[0], members[i])
+    for place, found in zip(alone[0, :5].tolist(), near[0].tolist(), strict=False):
+        assert found == slow_nearest(points[5, place].double().tolist(), points[5].double().tolist(), 10)
 
 
 def test_no_clouds_and_clouds_without_points():

@@ -84,6 +84,13 @@ def test_parameters_reproduce_the_change():
         assert torch.equal(out["colors"][i], inputs["colors"][i])
 
 
+def test_a_change_repeated_on_fewer_points_makes_none_valid():
+    v, inputs = view(**STRONG), clouds()
+    _, params = v.batch(inputs, SEEDS)
+    fewer = inputs["valid"] & (torch.arange(50) % 2 == 0)
+    assert torch.equal(v.apply({**inputs, "valid": fewer}, params)["valid"], fewer & params["kept"])
+
+
 def test_what_is_not_valid_stays_so_and_zero():
     out, _ = view(**STRONG).batch(clouds(), SEEDS)
     assert not (out["valid"] & ~clouds()["valid"]).any()

@@ -255,6 +255,19 @@ def test_spacing_inside_a_window_is_seen_if_asked_for(irregular: bool):
     assert ((even - uneven).abs().max() > 0.01) == irregular
 
 
+def test_spacing_is_known_by_its_shape_and_by_its_size():
+    encoder = build(irregular=True, class_token=False)
+    times = np.array([0, 0.5, 1, 1.5, 2, 4, 5.5, 7])
+
+    def without_position(times: np.ndarray) -> torch.Tensor:
+        made = tokens(encoder, {"values": np.arange(8.0), "times": times})
+        return made.values[0, 0] - sincos(made.grid.coords[0, 0, 0] / 8, 32)
+
+    usual = without_position(times)
+    assert (usual - without_position(7 - times[::-1])).abs().max() > 0.01  # mirrored: of the same spread
+    assert (usual - without_position(times * 3)).abs().max() > 0.01
+
+
 def test_sincos_is_the_formula():
     places = torch.tensor([0.0, 0.5, 100.25])
     expected = [[f(p / 10000 ** (2 * i / 6)) for f in (np.sin, np.cos) for i in range(3)] for p in places.tolist()]
@@ -352,6 +365,13 @@ def test_fitted_normalisation_is_applied_saved_and_wanted(tmp_path: Path):
     saved = json.loads((other / "normalization.json").read_text())
     assert saved["interval"] == 10
     assert len(saved["mean"]) == 2
+
+
+def test_values_far_beyond_the_training_split_stay_finite(tmp_path: Path):
+    chosen = component("encoders", "series-patch", **SMALL, normalize="fit")
+    chosen.cls.fit(chosen.config, [WAVE * 1e-20], tmp_path)
+    encoder = chosen.cls(chosen.config, files=tmp_path).eval()
+    assert pooled(encoder, WAVE * 1e30).isfinite().all()
 
 
 def test_nothing_is_learned_or_written_unless_asked_for(tmp_path: Path):

@@ -203,6 +203,16 @@ def test_permute_moves_equal_segments():
     assert len({tuple(row) for row in params["segments"][counts == 3].tolist()}) == 6
 
 
+def test_permute_moves_segments_of_what_the_time_warp_read():
+    inputs, out, params = many(n=20, time_warp=1.0, permute=4)
+    warped, _ = run(inputs, time_warp=1.0)
+    for row in range(20):
+        order = [i for i in params["segments"][row].tolist() if i >= 0]
+        bounds = [i * 60 // len(order) for i in range(len(order) + 1)]
+        expected = torch.cat([warped["values"][row, bounds[i] : bounds[i + 1]] for i in order])
+        torch.testing.assert_close(out["values"][row], expected)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 20])
 def test_permutation_is_one_whatever_the_length(count: int):
     u = torch.rand(200, 7, generator=torch.Generator().manual_seed(0))

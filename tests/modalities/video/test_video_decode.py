@@ -193,9 +193,12 @@ def test_the_exif_orientation_of_a_still_picture_is_respected():
 
 def test_arrays_of_both_libraries_orders_and_dtypes():
     first = torch.from_numpy(FRAMES).permute(0, 3, 1, 2)
-    for raw in (FRAMES, FRAMES.transpose(0, 3, 1, 2), first, torch.from_numpy(FRAMES), FRAMES / 255,
-                first.float() / 255, (first / 255).half(), FRAMES[..., :1], list(FRAMES), list(first), [Image.fromarray(f) for f in FRAMES],
-                FRAMES.astype(np.float64) / 255, (first / 255).bfloat16()):  # fmt: skip
+    forms = [
+        FRAMES, FRAMES.transpose(0, 3, 1, 2), first, torch.from_numpy(FRAMES), FRAMES / 255, first.float() / 255,
+        (first / 255).half(), (first / 255).bfloat16(), FRAMES.astype(np.float64) / 255, FRAMES[..., :1], list(FRAMES),
+        list(first), [Image.fromarray(frame) for frame in FRAMES],
+    ]  # fmt: skip
+    for raw in forms:
         assert read(raw) == (list(range(30)), [i / 25 for i in range(30)], 1.2)
     for raw in (
         (FRAMES, 10),

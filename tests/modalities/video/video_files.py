@@ -12,12 +12,12 @@ from PIL import Image
 
 
 def grey(number: int) -> int:
-    return 8 + 8 * number
+    return 4 + 8 * number
 
 
 def number(image: Image.Image) -> int:
     """Which frame a decoded picture is, from its mean grey; lossy codecs are off by less than four levels."""
-    return round((float(np.asarray(image).mean()) - 8) / 8)
+    return round((float(np.asarray(image).mean()) - 4) / 8)
 
 
 def numbered(count: int, width: int = 64, height: int = 48) -> np.ndarray:
