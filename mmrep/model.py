@@ -234,8 +234,8 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         Args:
             inputs: one raw value, a list of them, or ``{"image": [...], "text": [...]}``.
             modality: tower name or modality of a value or list. May be left out only if the model has one tower.
-            **options: ``batch_size, show_progress_bar, normalize_embeddings, precision, truncate_dim, device,
-                convert_to_tensor``.
+            **options: ``prompt_name, prompt, batch_size, show_progress_bar, normalize_embeddings, precision,
+                truncate_dim, device, convert_to_tensor``.
 
         Returns:
             numpy float32 [n, dim] in the caller's order; [dim] for one value; a dict for a dict.
@@ -243,6 +243,14 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         from mmrep.embed.encode import encode
 
         return encode(self, inputs, modality, **options)
+
+    def encode_query(self, inputs: Raw, modality: str | None = None, **options: Any) -> Embeddings:
+        """`encode` with the prompt called ``query``, where the encoder has one."""
+        return self.encode(inputs, modality, **{"prompt_name": ("query",), **options})
+
+    def encode_document(self, inputs: Raw, modality: str | None = None, **options: Any) -> Embeddings:
+        """`encode` with the prompt called ``document``, ``passage`` or ``corpus``, the first that the encoder has."""
+        return self.encode(inputs, modality, **{"prompt_name": ("document", "passage", "corpus"), **options})
 
     def similarity(self, a: Any, b: Any) -> Tensor:
         """Cosine similarity of embeddings [n, dim] and [m, dim] (arrays or tensors): float32 tensor [n, m]."""
