@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from mmrep.config import ConfigError
 from mmrep.data.sample import Sample
@@ -17,7 +17,7 @@ class RowSource(Source):
         media_columns: the columns that `column` refuses, since it would have to read every record.
     """
 
-    media_columns: ClassVar[tuple[str, ...]] = ()
+    media_columns: tuple[str, ...] = ()
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from set_fakes import files
@@ -75,6 +76,22 @@ def test_frames_are_counted_as_pillow_does(tmp_path):
     assert _animation(files(tmp_path, {"no.webp": b"GIF89a" * 9}) / "no.webp", 0) == (1, 0.0)
     cut = files(tmp_path, {"cut.webp": webp(5)[:60]}) / "cut.webp"
     assert _animation(cut, 0)[0] <= 1
+
+
+def test_frames_can_be_had_as_an_array(folder):
+    source = build(folder, frames=2, size=8, still=True)
+    names = source.column("name")
+    heart = source[names.index("red heart")].fields["video"]
+    assert heart["array"].shape == (2, 8, 8, 4)
+    assert heart["array"].dtype == np.uint8
+    np.testing.assert_array_equal(heart["array"][:, 0, 0, 0], [10, 30])  # frames 1 and 3 of 0..3, red 10 a frame
+    assert heart["fps"] == pytest.approx(2 / 0.16)
+    assert source[names.index("dog")].fields["video"]["array"].shape == (2, 8, 8, 4)
+    assert source.record(names.index("mushroom")).cause == "unreadable video"
+    with pytest.raises(ConfigError, match="cannot give the column 'video'"):
+        source.column("video")
+    video = component("encoders", "video-frames", frames=2, encoder={"type": "image-cnn", "size": 32}).build()
+    assert video.prepare(heart)["frames"].shape == (2, 3, 32, 32)
 
 
 def test_what_the_still_emoji_hold_out_is_held_out_here(folder):
