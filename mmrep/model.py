@@ -305,9 +305,10 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         Args:
             inputs: one raw value, a list of them, or ``{"image": [...], "text": [...]}``.
             modality: tower name or modality of a value or list. May be left out only if the model has one tower.
-            **options: ``batch_size, show_progress_bar, normalize_embeddings, precision, truncate_dim, device,
-                convert_to_tensor``. And ``fusion``, the name of one of the model's: the lists of a dict are then the
-                members of whole samples, None where one is missing, see `mmrep.embed.fused.encode_fused`.
+            **options: ``prompt_name, prompt, batch_size, show_progress_bar, normalize_embeddings, precision,
+                truncate_dim, device, convert_to_tensor``. And ``fusion``, the name of one of the model's: the lists of
+                a dict are then the members of whole samples, None where one is missing, see
+                `mmrep.embed.fused.encode_fused`.
 
         Returns:
             numpy float32 [n, dim] in the caller's order; [dim] for one value; a dict for a dict, but one array of
@@ -321,6 +322,14 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
 
         options.pop("fusion", None)
         return encode(self, inputs, modality, **options)
+
+    def encode_query(self, inputs: Raw, modality: str | None = None, **options: Any) -> Embeddings:
+        """`encode` with the prompt called ``query``, where the encoder has one."""
+        return self.encode(inputs, modality, **{"prompt_name": ("query",), **options})
+
+    def encode_document(self, inputs: Raw, modality: str | None = None, **options: Any) -> Embeddings:
+        """`encode` with the prompt called ``document``, ``passage`` or ``corpus``, the first that the encoder has."""
+        return self.encode(inputs, modality, **{"prompt_name": ("document", "passage", "corpus"), **options})
 
     def similarity(self, a: Any, b: Any) -> Tensor:
         """Cosine similarity of embeddings [n, dim] and [m, dim] (arrays or tensors): float32 tensor [n, m]."""

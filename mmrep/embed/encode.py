@@ -30,6 +30,8 @@ def encode(
     inputs: Raw,
     modality: str | None = None,
     *,
+    prompt_name: str | Sequence[str] | None = None,
+    prompt: str | None = None,
     batch_size: int = 32,
     show_progress_bar: bool | None = None,
     normalize_embeddings: bool | None = None,
@@ -45,6 +47,9 @@ def encode(
         inputs: one raw value (a string, path, picture, …), a list of them, or a dict of lists by tower or modality.
         modality: the tower or modality of a value or list. It is never guessed: it may be left out only for a dict or
             for a model with one tower.
+        prompt_name: one of the prompts in the encoder's config, to put in front of every value. Of several names the
+            first that the encoder has, and none is fine. In a dict it is for the towers that take prompts.
+        prompt: the prompt itself; goes before a name.
         batch_size: values per forward pass. Values are sorted by length inside; the caller's order is kept.
         show_progress_bar: None = only on a terminal and for more than one batch.
         normalize_embeddings: None = as the model was trained; True / False forces unit length / raw length.
@@ -57,8 +62,8 @@ def encode(
         float32 [n, dim] in the caller's order; [dim] for one value; a dict of arrays for a dict.
 
     Raises:
-        ValueError: no modality for a model with several towers; a wrong option.
-        UnknownNameError: no such modality.
+        ValueError: no modality for a model with several towers; a wrong option; a prompt where no tower takes any.
+        UnknownNameError: no such modality or prompt.
         BadSampleError: a value cannot be read; the message has its position.
     """
     if precision not in _PRECISIONS:
@@ -73,9 +78,15 @@ def encode(
     }  # fmt: skip
     if isinstance(inputs, Mapping) and modality is None:
         by_field = cast("Mapping[str, Any]", inputs)
-        for name in by_field:
-            model.tower(name)  # an unknown name is refused before any work is done
-        return {name: encode(model, values, name, **options) for name, values in by_field.items()}
+        # An unknown name, and a prompt that nobody takes, are refused before any work is done.
+        able = [name for name in by_field if _takes_prompts(model.tower(name))]
+        if by_field and not able:
+            _refuse_prompt(", ".join(by_field), prompt_name, prompt)
+        chosen = {"prompt_name": prompt_name, "prompt": prompt}
+        return {
+            name: encode(model, values, name, **options, **(chosen if name in able else {}))
+            for name, values in by_field.items()
+        }
     if modality is None:
         if len(model.towers) != 1:
             raise ValueError(
@@ -86,6 +97,12 @@ def encode(
     tower = model.tower(modality)
     single = not isinstance(inputs, (list, tuple)) and not _is_batch_array(inputs)
     values = [inputs] if single else list(cast("Sequence[Any]", inputs))
+    if prompt_name is not None or prompt is not None:
+        if _takes_prompts(tower):
+            prompted = cast(Any, tower.encoder).prompted
+            values = [prompted(value, prompt_name, prompt) for value in values]
+        else:
+            _refuse_prompt(modality, prompt_name, prompt)
     normalize = tower.normalize if normalize_embeddings is None else normalize_embeddings
 
     home = model.device
@@ -152,6 +169,16 @@ def _prepare(tower: Tower, value: Any, position: int) -> Inputs:
         return tower.encoder.prepare(value)
     except BadSampleError as error:
         raise BadSampleError(error.cause, f"item {position} of the {tower.modality} inputs: {error}") from error
+
+
+def _takes_prompts(tower: Tower) -> bool:
+    """Whether an encoder has ``prompted(raw, name, prompt)``, which gives a raw value with its prompt."""
+    return hasattr(tower.encoder, "prompted")
+
+
+def _refuse_prompt(what: str, name: str | Sequence[str] | None, prompt: str | None) -> None:
+    if prompt is not None or isinstance(name, str):
+        raise ValueError(f"{what}: takes no prompts, and {prompt if name is None else name!r} was asked for")
 
 
 def _is_batch_array(inputs: Any) -> bool:

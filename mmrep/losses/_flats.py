@@ -67,8 +67,8 @@ def flats(measure: Measure, anchors: Tensor, rest: list[Tensor]) -> Flats:
 
 
 def direction(vectors: Tensor, long: Tensor) -> Tensor:
-    """Unit vectors of [n, D], whose lengths are ``long`` [n]; 0, and no gradient, where what is left is rounding."""
-    real = (long > 1e-3 * torch.finfo(long.dtype).eps ** 0.5).unsqueeze(1)
+    """Unit vectors of [n, D], whose lengths are ``long`` [n]; 0, and no gradient, of a vector that is 0."""
+    real = (long > 0).unsqueeze(1)
     return torch.where(real, vectors / torch.where(real, long.unsqueeze(1), 1), 0)
 
 
@@ -198,8 +198,6 @@ class _Pairs:
         self._factors = -scale * weights
         self._memories = [Scratch(anchors, tile) for _ in range(count)]
         self._products: list[Tensor] = []
-        # Below this a square is rounding; it has a value but no direction to give a gradient.
-        self._noise = 8 * torch.finfo(anchors.dtype).eps
 
     def tiles(self) -> list[tuple[slice, slice]]:
         rows, columns = blocks(len(self._anchors), self._tile[0]), list(blocks(len(self._flat_groups), self._tile[1]))
@@ -233,9 +231,9 @@ class _Pairs:
     ) -> None:
         """Add the gradients of a tile whose squares were computed last; overwrites all its tensors."""
         block = self._anchors[i]
-        # Twice the derivative in the squared distance.
+        # Twice the derivative in the squared distance; a distance of 0 has no direction to give.
         if self._root:
-            slopes = torch.where(squares > self._noise, squares, math.inf).rsqrt_().mul_(self._factors[j])
+            slopes = torch.where(squares > 0, squares, math.inf).rsqrt_().mul_(self._factors[j])
         else:
             slopes = (2 * self._factors[j]).expand_as(squares)
         slopes = probabilities.mul_(slopes)

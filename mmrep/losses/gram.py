@@ -103,7 +103,6 @@ def _span(anchor: Tensor, rest: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
 
 def _beside(vector: Tensor, basis: list[Tensor]) -> tuple[Tensor, Tensor]:
     """What of a vector [n, D] is orthogonal to the basis, and its length [n], whose gradient at 0 is 0."""
-    for _ in range(2):  # once leaves a part in the span that is large beside a short remainder
-        for unit in basis:
-            vector = vector - (vector * unit).sum(1, keepdim=True) * unit
+    for unit in basis:  # from what is left by the one before (modified Gram-Schmidt), not from the whole
+        vector = vector - (vector * unit).sum(1, keepdim=True) * unit
     return vector, lengths(vector)

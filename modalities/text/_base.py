@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from mmrep.encoder import BadSampleError, Encoder
 from mmrep.modalities.text._examples import examples, oddities
+from mmrep.modalities.text._prompts import PromptGrid, choose, shared_start, split
 from mmrep.tokens import Encoding, Grid, Inputs, Tokens
 from mmrep.views import View
 
@@ -18,13 +20,16 @@ from mmrep.views import View
 class TextEncoder(Encoder):
     """Reads ``str``, UTF-8 ``bytes``, or a list of them (several captions of one thing: a view may choose).
 
+    A dict ``{"text": …, "prompt": …}`` or ``{"text": …, "instruction": …}`` brings its own prompt; see `Prompts`, which
+    the config extends.
+
     The inputs of a batch are ``ids`` int64 [B, L], ``valid`` bool [B, L] and ``special`` bool [B, L]; padding is on
     the right. A special token is one that the encoder added itself (begin, end, class, separator), never one that
-    the text spells out.
+    the text spells out. Where prompts are not pooled there is ``prompt`` bool [B, L], too.
 
     Attributes:
         max_length: the most tokens of one text, special tokens included; longer texts lose their tail but keep
-            their end token.
+            their end token (`ChunkedText` reads them whole).
         pad_id: the id that fills the padding; padding is known by ``valid``, never by this id.
     """
 
@@ -36,33 +41,75 @@ class TextEncoder(Encoder):
         """One text to ids of at most ``max_length`` tokens, and which of them are special tokens."""
         raise NotImplementedError
 
+    def pieces(self, text: str) -> list[int]:
+        """All ids of a text, however long, without special tokens."""
+        raise NotImplementedError
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens that stand before and after the ids of every text."""
+        raise NotImplementedError
+
+    @property
+    def room(self) -> int:
+        """How many ids of a text fit between the special tokens."""
+        before, after = self.frame
+        return self.max_length - len(before) - len(after)
+
+    def framed(self, ids: list[int]) -> tuple[list[int], list[bool]]:
+        """`token_ids` of at most `room` ids instead of a text."""
+        before, after = self.frame
+        return [*before, *ids, *after], [True] * len(before) + [False] * len(ids) + [True] * len(after)
+
     def preview(self, raw: Any) -> str:
-        """The text that is read without a view, shortened."""
-        read = read_text(raw)
+        """The text that is read without a view and without a prompt, shortened."""
+        read = read_text(split(raw, self.config)[0])
         text = " ".join((read if isinstance(read, str) else read[0]).split())
         return text if len(text) <= 120 else text[:117] + "…"
 
+    def prompted(self, raw: Any, name: str | Sequence[str] | None, prompt: str | None) -> Any:
+        """A raw value with the prompt that a caller of ``Model.encode`` chose; see `mmrep.modalities.text._prompts`.
+
+        Raises:
+            UnknownNameError: there is no prompt of that name.
+        """
+        return choose(raw, self.config, name, prompt)
+
+    def reading(self, raw: Any, view: View | None, seed: int) -> tuple[str, str]:
+        """The prompt and the text of a raw value; see `prepare`."""
+        value, prompt = split(raw, self.config)
+        text = read_text(value)
+        if view is not None:
+            text = view.sample(text, seed)
+        return prompt, text if isinstance(text, str) else text[0]
+
     def prepare(self, raw: Any, *, view: View | None = None, seed: int = 0) -> Inputs:
-        """Text to ``ids`` int64 [L] and ``special`` bool [L].
+        """Text to ``ids`` int64 [L] and ``special`` bool [L], with ``prompt`` bool [L] where that is not pooled.
 
         Args:
-            raw: a string, UTF-8 bytes, or a list of them. Blank entries of a list do not count.
+            raw: a string, UTF-8 bytes, or a list of them, or a dict of one and its prompt. Blank entries of a list do
+                not count.
             view: called with the string or the list of strings; without a view (or if it returns a list) the first
-                string of a list is read.
+                string of a list is read. The prompt comes in front of what it returns.
             seed: the view's seed.
 
         Raises:
-            BadSampleError: ``"empty text"`` (nothing but white space) or ``"not text"`` (another type, wrong UTF-8).
+            BadSampleError: ``"empty text"`` (nothing but white space), ``"not text"`` (another type, wrong UTF-8), or
+                ``"prompt too long"`` (nothing of the text is left to be pooled).
         """
-        text = read_text(raw)
-        if view is not None:
-            text = view.sample(text, seed)
-        if not isinstance(text, str):
-            text = text[0]
-        ids, special = self.token_ids(text)
+        prompt, text = self.reading(raw, view, seed)
+        ids, special = self.token_ids(prompt + text)
         if not ids:
             raise BadSampleError("empty text", f"the tokenizer leaves nothing of {text[:40]!r}")
-        return {"ids": torch.tensor(ids), "special": torch.tensor(special, dtype=torch.bool)}
+        item = {"ids": torch.tensor(ids), "special": torch.tensor(special, dtype=torch.bool)}
+        if self.config.prompt_pooled:
+            return item
+        first = len(self.frame[0])
+        count = shared_start(self.pieces(prompt), self.pieces(prompt + text)) if prompt else 0
+        if prompt and count >= self.room:
+            raise BadSampleError("prompt too long", f"{count} tokens, of the {self.room} that the encoder reads")
+        places = torch.arange(len(ids))
+        return {**item, "prompt": (places >= first) & (places < first + count)}
 
     def collate(self, items: Sequence[Inputs]) -> Inputs:
         """Pad on the right to the longest text: ``ids``, ``valid`` and ``special``, each [B, L]."""
@@ -72,13 +119,17 @@ class TextEncoder(Encoder):
         """Pad on the right to ``length`` tokens."""
         ids = torch.full((len(items), length), self.pad_id)
         valid = torch.zeros(len(items), length, dtype=torch.bool)
-        special = torch.zeros(len(items), length, dtype=torch.bool)
+        marks = {
+            name: torch.zeros_like(valid)
+            for name in ("special", *(("prompt",) if not self.config.prompt_pooled else ()))
+        }
         for row, item in enumerate(items):
             n = len(item["ids"])
             ids[row, :n] = item["ids"]
             valid[row, :n] = True
-            special[row, :n] = item["special"]
-        return {"ids": ids, "valid": valid, "special": special}
+            for name, mark in marks.items():
+                mark[row, :n] = item[name]
+        return {"ids": ids, "valid": valid, **marks}
 
     def length(self, item: Inputs) -> int:
         """The number of tokens."""
@@ -95,7 +146,22 @@ class TextEncoder(Encoder):
 
 def grid(inputs: Inputs) -> Grid:
     """The geometry of padded text: a token's coordinate is its place in the text."""
-    return Grid.sequence(inputs["valid"], inputs["special"])
+    plain = Grid.sequence(inputs["valid"], inputs["special"])
+    if "prompt" not in inputs:
+        return plain
+    return PromptGrid(plain.coords, plain.valid, plain.special, prompt=inputs["prompt"])
+
+
+def frame_of(whole: Sequence[int], text: Sequence[int]) -> tuple[list[int], list[int]]:
+    """What a tokenizer put before and after ``text`` to get ``whole``.
+
+    Raises:
+        ValueError: the text's ids are not in it as they are.
+    """
+    for start in range(len(whole) - len(text) + 1):
+        if list(whole[start : start + len(text)]) == list(text):
+            return list(whole[:start]), list(whole[start + len(text) :])
+    raise ValueError(f"the tokenizer changes a text's ids {list(text)} among special tokens: {list(whole)}")
 
 
 def last_special(valid: Tensor, special: Tensor) -> Tensor:

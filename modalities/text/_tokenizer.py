@@ -7,7 +7,7 @@ arXiv:1508.07909.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -119,7 +119,7 @@ def _sentences(samples: Iterable[Any]) -> Iterator[str]:
     count = 0
     for raw in samples:
         try:
-            read = read_text(raw)
+            read = read_text(raw["text"] if isinstance(raw, Mapping) and "text" in raw else raw)
         except BadSampleError:
             continue  # the loader quarantines it; a tokenizer needs no report of it
         for text in [read] if isinstance(read, str) else read:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,27 +14,27 @@ from torch import Tensor
 
 from mmrep.config import config
 from mmrep.hub.pretrained import locate
-from mmrep.modalities.text._base import TextEncoder, grid, last_special, no_rows, one_blank
+from mmrep.modalities.text._base import TextEncoder, frame_of, grid, last_special, no_rows, one_blank
 from mmrep.modalities.text._hf_load import FULL_LENGTH, load, max_length, rebuild, without_pooler
+from mmrep.modalities.text._prompts import Prompts, without_prompt
 from mmrep.tokens import Encoding, Grid, Inputs, Tokens
 
 
 @config
-class HFTextConfig:
+class HFTextConfig(Prompts):
     """path: a folder, a hub id, or `package:name/folder` for a folder inside an installed Python package.
 
     revision: hub branch, tag or commit. local_files_only: never touch the network. max_length: tokens at most, None =
-    what the model allows. prompt: put in front of every text, such as "query: ". pad: to the longest text of the batch
-    or to max_length; SigLIP, which reads its padding, is padded to max_length in any case. projection: go through the
-    projection into the joint space that a CLIP or SigLIP checkpoint has. pooler: keep the pooling layer of BERT-like
-    models, for pool `native`; without it that layer would get no gradient.
+    what the model allows. pad: to the longest text of the batch or to max_length; SigLIP, which reads its padding, is
+    padded to max_length in any case. projection: go through the projection into the joint space that a CLIP or SigLIP
+    checkpoint has. pooler: keep the pooling layer of BERT-like models, for pool `native`; without it that layer would
+    get no gradient. Prompts: see `Prompts`.
     """
 
     path: str
     revision: str | None = None
     local_files_only: bool = False
     max_length: Annotated[int, Field(ge=1)] | None = None
-    prompt: str = ""
     pad: Literal["longest", "max_length"] = "longest"
     projection: bool = True
     pooler: bool = False
@@ -111,10 +112,17 @@ class HFText(TextEncoder):
 
     def token_ids(self, text: str) -> tuple[list[int], list[bool]]:
         """The tokenizer's ids; truncation keeps the special tokens at both ends."""
-        coded = self.tokenizer(
-            self.config.prompt + text, truncation=True, max_length=self.max_length, return_special_tokens_mask=True
-        )
+        coded = self.tokenizer(text, truncation=True, max_length=self.max_length, return_special_tokens_mask=True)
         return list(coded["input_ids"]), [bool(mark) for mark in coded["special_tokens_mask"]]
+
+    def pieces(self, text: str) -> list[int]:
+        """All ids of a text."""
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """What the tokenizer puts around a text; its own lists of special ids may hold others."""
+        return frame_of(self.tokenizer("a b")["input_ids"], self.pieces("a b"))
 
     def collate(self, items: Sequence[Inputs]) -> Inputs:
         """Pad on the right; see the config's ``pad``. SigLIP's padding counts as tokens: it is ``valid``."""
@@ -159,7 +167,7 @@ class HFText(TextEncoder):
         else:
             pooled = getattr(out, "pooler_output", None)
         picked = tuple(out.hidden_states[n] for n in layers) if layers else ()
-        return Encoding(Tokens(hidden, where), pooled, picked)
+        return Encoding(Tokens(hidden, without_prompt(where)), pooled, picked)
 
     @property
     def _embedding(self) -> torch.nn.Module:

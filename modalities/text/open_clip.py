@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mmrep.config import config
-from mmrep.modalities.text._base import TextEncoder, grid, last_special, no_rows, one_blank
+from mmrep.modalities.text._base import TextEncoder, frame_of, grid, last_special, no_rows, one_blank
+from mmrep.modalities.text._prompts import Prompts, without_prompt
 from mmrep.registry import near
 from mmrep.tokens import Encoding, Grid, Inputs, Tokens
 
@@ -21,11 +23,11 @@ _SMALLEST_VISION = {"layers": 1, "width": 64, "image_size": 8, "patch_size": 8}
 
 
 @config
-class OpenClipTextConfig:
+class OpenClipTextConfig(Prompts):
     """model: an open_clip model name, such as `ViT-B-32` (`open_clip.list_models()` has them all).
 
     pretrained: a tag of that model (downloaded by open_clip), or a .safetensors file; None = random weights.
-    projection: go through the text projection into the joint space, as `encode_text` does.
+    projection: go through the text projection into the joint space, as `encode_text` does. Prompts: see `Prompts`.
     """
 
     model: str
@@ -75,11 +77,43 @@ class OpenClipText(TextEncoder):
     def token_ids(self, text: str) -> tuple[list[int], list[bool]]:
         """open_clip's ids; of a CLIP tokenizer without the padding after the end token, which truncation keeps."""
         ids: list[int] = self.tokenizer([text])[0].tolist()
-        end = self._end(ids)
         if self._is_clip_tokenizer and not self.full_length:
-            ids = ids[: end + 1]
-        special = [place == end or (place == 0 and self._is_clip_tokenizer) for place in range(len(ids))]
-        return ids, special
+            ids = ids[: self._end(ids) + 1]
+        return ids, self._special(ids)
+
+    def pieces(self, text: str) -> list[int]:
+        """All ids of a text.
+
+        Raises:
+            ValueError: open_clip puts this tokenizer's ids together in a way of its own.
+        """
+        if self._is_clip_tokenizer:
+            return self.tokenizer.encode(text)
+        if getattr(self.tokenizer, "tokenizer_mode", "") or getattr(self.tokenizer, "strip_sep_token", False):
+            raise ValueError(f"{self.config.model!r}: its tokenizer gives whole texts alone, so it can neither be read "
+                             "in chunks nor leave a prompt out of the pool")  # fmt: skip
+        cleaned = self.tokenizer.clean_fn(text)
+        return list(self.tokenizer.tokenizer(cleaned, add_special_tokens=False, verbose=False)["input_ids"])
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Begin and end of a CLIP tokenizer, or what another puts around a text."""
+        if self._is_clip_tokenizer:
+            return [self.tokenizer.sot_token_id], [self.tokenizer.eot_token_id]
+        return frame_of(self.tokenizer.tokenizer(self.tokenizer.clean_fn("a b"))["input_ids"], self.pieces("a b"))
+
+    def framed(self, ids: list[int]) -> tuple[list[int], list[bool]]:
+        """See `TextEncoder.framed`; padded for a tower that reads its padding."""
+        before, after = self.frame
+        whole = [*before, *ids, *after]
+        if not self._is_clip_tokenizer or self.full_length:
+            fill = 0 if self._is_clip_tokenizer else self.tokenizer.tokenizer.pad_token_id
+            whole += [fill] * (self.max_length - len(whole))
+        return whole, self._special(whole)
+
+    def _special(self, ids: list[int]) -> list[bool]:
+        end = self._end(ids)
+        return [place == end or (place == 0 and self._is_clip_tokenizer) for place in range(len(ids))]
 
     def _end(self, ids: list[int]) -> int:
         """The place of the end token."""
@@ -115,7 +149,7 @@ class OpenClipText(TextEncoder):
         by_layer = dict(zip(asked, outputs, strict=True))
         values = self._project(self.text.ln_final(values))
         pooled = self._pool(values, tokens.grid)
-        return Encoding(Tokens(values, tokens.grid), pooled, tuple(by_layer[n - 1] for n in layers))
+        return Encoding(Tokens(values, without_prompt(tokens.grid)), pooled, tuple(by_layer[n - 1] for n in layers))
 
     def _project(self, values: Tensor) -> Tensor:
         projection = self.text.text_projection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,19 +14,20 @@ from torch import Tensor, nn
 from mmrep.blocks import Transformer
 from mmrep.config import config
 from mmrep.modalities.text._base import TextEncoder, grid
+from mmrep.modalities.text._prompts import Prompts, without_prompt
 from mmrep.modalities.text._tokenizer import BEGIN, END, FILE, PAD, ByteTokenizer, SentencePiece, Tokenizer, learn
 from mmrep.tokens import Encoding, Inputs, Tokens
 
 
 @config
-class TextTransformerConfig:
+class TextTransformerConfig(Prompts):
     """tokenizer: `sentencepiece` is learned from the training texts when a recipe runs; `bytes` needs no learning.
 
     algorithm: how sentencepiece chooses its pieces. vocab_size: pieces at most (a small corpus gives fewer).
     character_coverage: share of characters that get a piece; rarer ones are spelled in bytes. lowercase: fold case.
     max_length: tokens at most, begin and end token included. width, depth, heads, mlp_ratio: size of the transformer.
     causal: a token sees only those before it (pool it with `eos` or `last`). dropout: on embeddings and in every
-    block. drop_path: stochastic depth of the last block.
+    block. drop_path: stochastic depth of the last block. Prompts: see `Prompts`.
     """
 
     tokenizer: Literal["bytes", "sentencepiece"] = "bytes"
@@ -43,6 +45,7 @@ class TextTransformerConfig:
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.width % self.heads:
             raise ValueError(f"heads={self.heads} does not divide width={self.width}")
 
@@ -90,8 +93,16 @@ class TextTransformer(TextEncoder):
 
     def token_ids(self, text: str) -> tuple[list[int], list[bool]]:
         """Begin, the text's ids cut to fit, end."""
-        body = self.tokenizer(text)[: self.max_length - 2]
-        return [BEGIN, *body, END], [True, *(False for _ in body), True]
+        return self.framed(self.pieces(text)[: self.room])
+
+    def pieces(self, text: str) -> list[int]:
+        """All ids of a text."""
+        return self.tokenizer(text)
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Begin and end."""
+        return [BEGIN], [END]
 
     def tokenize(self, inputs: Inputs) -> Tokens:
         """``ids`` [B, L] to tokens [B, L, D], with positions."""
@@ -109,7 +120,7 @@ class TextTransformer(TextEncoder):
         tokens = tokens.keep(keep)
         order = tokens.grid.coords[..., 0] if self.config.causal else None
         values, outputs = self.transformer(tokens.values, tokens.grid.valid, layers, order)
-        return Encoding(Tokens(self.norm(values), tokens.grid), layers=outputs)
+        return Encoding(Tokens(self.norm(values), without_prompt(tokens.grid)), layers=outputs)
 
     def save_files(self, folder: Path) -> None:
         """Write the sentencepiece model, if there is one."""

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from mmrep.encoder import BadSampleError, Encoder
 from mmrep.modalities.time_series._plot import plot

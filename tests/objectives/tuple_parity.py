@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "everything": {
         "tuples": [
             {**TUPLE, "anchor": "z", "weight": 0.7, "partial": "subsets"},
-            {"of": ["z", "x", "y"], "temperature": "other"},
+            {"of": ["z", "x", "y"], "temperature": "other", "partial": "subsets"},
         ],
         "group": True,
         "missing": {("y", 0), ("x", 4), ("z", 6), ("y", 9), ("x", 9), *(("y", i) for i in range(6, N))},

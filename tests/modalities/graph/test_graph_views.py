@@ -191,6 +191,8 @@ def test_a_walk_meets_a_connected_part_of_the_size_asked_for():
     parts = read({"edges": [(0, 1), (2, 3)], "num_nodes": 5}, Reading())
     assert {len(walk(parts, 1.0, 0.1, np.random.default_rng(s))) for s in range(20)} == {1, 2}
     assert len(walk(parts, 0.0, 0.0, np.random.default_rng(0))) == 1
+    one_way = read({"edges": [(0, 1), (1, 2)], "directed": True}, Reading(directed="keep"))
+    assert all(len(walk(one_way, 1.0, 0.0, np.random.default_rng(s))) == 3 for s in range(6))
 
 
 @pytest.mark.parametrize("kind", ["walk", "hops"])

@@ -32,7 +32,20 @@ def test_text_without_a_word_is_a_bad_sample(encoder: TextTransformer, raw: obje
     assert caught.value.cause == "empty text"
 
 
-@pytest.mark.parametrize("raw", [None, 3, 2.5, {"text": "a"}, ["a", 3], b"\xff\xfe", "half \ud800 character"])
+@pytest.mark.parametrize(
+    "raw",
+    [
+        None,
+        3,
+        2.5,
+        {"caption": "a"},
+        {"text": "a", "class": 1},
+        {"text": 3},
+        ["a", 3],
+        b"\xff\xfe",
+        "half \ud800 character",
+    ],
+)
 def test_what_is_no_text_is_a_bad_sample(encoder: TextTransformer, raw: object) -> None:
     with pytest.raises(BadSampleError) as caught:
         encoder.prepare(raw)

@@ -285,6 +285,23 @@ def test_truncated_files(tmp_path: Path):
     assert refused(png[: len(png) // 2]) in ("truncated video", "damaged video")
 
 
+def test_a_movie_cut_between_two_frames_is_truncated(tmp_path: Path):
+    """No frame is broken there; only the index in front tells."""
+    import av
+
+    movie = container(textured(40), folder=tmp_path, g=10, bf=0)
+    with av.open(io.BytesIO(movie)) as opened:
+        places = [packet.pos for packet in opened.demux(video=0) if packet.size]
+    assert refused(movie[: places[30]]) == "truncated video"
+
+
+def test_a_large_stream_cut_within_its_last_frame_is_truncated():
+    """Past what FFmpeg looks at when it opens a file, there is no index of a stream: the frame itself tells."""
+    noise = np.random.default_rng(0).integers(0, 256, (40, 240, 320, 3)).astype(np.uint8)
+    stream = container(noise, format="flv", g=10, qp=4, preset="ultrafast")
+    assert refused(stream[: int(len(stream) * 0.97)]) == "truncated video"
+
+
 def test_a_stream_without_an_index_is_read_as_far_as_it_goes():
     movie = container(textured(40), format="matroska", g=10)
     numbers, times, _ = read(movie[: len(movie) * 6 // 10])

@@ -41,8 +41,13 @@ CASES = [
     ("video-frames", {"encoder": {"type": "timm", "model": "test_vit", "size": 32}, "frame_pool": "native",
                       "depth": 1, "frames": 2}),
 ]  # fmt: skip
-HF_CASES = [*((kind, {}) for kind in KINDS if kind != "videomae-norm"), ("vjepa2", {"clips": 2}), ("timesformer", {"clips": 2}),
-            ("vivit", {"pooler": True, "clips": 2}), ("vjepa2", {"frames": 6, "sampling": "fps"})]  # fmt: skip
+HF_CASES = [
+    *((kind, {}) for kind in KINDS if kind != "videomae-norm"),
+    ("vjepa2", {"clips": 2}),
+    ("timesformer", {"clips": 2}),
+    ("vivit", {"pooler": True, "clips": 2}),
+    ("vjepa2", {"frames": 6, "sampling": "fps"}),
+]
 
 
 @pytest.mark.parametrize(("name", "fields"), CASES, ids=lambda v: v if isinstance(v, str) else "")
