@@ -100,15 +100,29 @@ class ImageEncoder(Encoder):
         if self.bands:
             pixels = read_bands(raw, how.channels, max_pixels=how.max_pixels)
             pixels = pixels if view is None else view.sample(pixels, seed)
-            return {"pixels": standardize(fit_bands(pixels, how, chosen), *self.statistics)}
-        # A view that looks at the decoded picture gets all of it; otherwise twice the final size is enough.
+            return {"pixels": standardize(self.fitted(pixels, chosen), *self.statistics)}
+        # A view that looks at the decoded picture gets all of it.
         looks = view is not None and type(view).sample is not View.sample
-        at_least = 2 * math.floor(how.size / how.crop_share) if how.fast_resize and not looks else None
+        at_least = self.enough() if how.fast_resize and not looks else None
         image = decode(raw, background=how.background, max_pixels=how.max_pixels, at_least=at_least)
         if view is not None:
             image = view.sample(image, seed)
-        pixels = np.array(fit_square(image, how, chosen))
+        pixels = np.array(self.fitted(image, chosen))
         return {"pixels": torch.from_numpy(pixels).permute(2, 0, 1).contiguous()}
+
+    def fitted(self, picture: Any, chosen: int | None) -> Any:
+        """A decoded picture (PIL, or bands float32 [C, H, W]) at the size that the network reads, in the same form.
+
+        Args:
+            picture: the picture.
+            chosen: the side of the square that a view wants; see `fit_square`.
+        """
+        fit = fit_square if isinstance(picture, Image.Image) else fit_bands
+        return fit(picture, self.preprocess, chosen)
+
+    def enough(self) -> int | None:
+        """How many pixels of its shorter side a picture must keep while it is decoded; None: all of them."""
+        return 2 * math.floor(self.preprocess.size / self.preprocess.crop_share)
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Uint8 [B, 3, H, W], or float in 0..1, to standardised floats in the dtype of the weights; bands are so."""

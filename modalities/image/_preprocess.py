@@ -17,7 +17,7 @@ from mmrep.modalities.image.decode import MAX_PIXELS
 
 Means = tuple[float, ...]
 Deviations = tuple[Annotated[float, Field(gt=0)], ...]
-_FILTERS = {
+FILTERS = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
@@ -131,7 +131,7 @@ def fit_square(image: Image.Image, how: Preprocess, chosen: int | None = None) -
     size, (width, height) = chosen or how.size, resized(*image.size, how, chosen)
     if (width, height) != image.size:
         gap = 3.0 if how.fast_resize else None
-        image = image.resize((width, height), _FILTERS[how.interpolation], reducing_gap=gap)
+        image = image.resize((width, height), FILTERS[how.interpolation], reducing_gap=gap)
     if (width, height) == (size, size):
         return image
     left, top = (round((edge - size) / 2) for edge in (width, height))

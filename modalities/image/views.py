@@ -87,6 +87,8 @@ class ImageAugment(View):
             - ``color`` [B, 3, 4]: new RGB = first three columns times old RGB, plus the last column.
             - ``erase`` [B, 4]: left, top, right, bottom in 0..1; all zero where nothing is erased.
         """
+        if "pixels" not in inputs:
+            raise ValueError("image-augment changes pictures of one shape, not patches: use image-crop with `size`")
         pixels = _as_float(inputs["pixels"])
         if pixels.shape[1] != 3:
             raise ValueError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -19,8 +19,10 @@ from torch.nn import functional as F
 from mmrep.blocks import Transformer
 from mmrep.config import config
 from mmrep.modalities.image._base import ImageEncoder
+from mmrep.modalities.image._native import collate_patches, fit_native, ragged_grid, to_patches
 from mmrep.modalities.image._preprocess import Preprocess
 from mmrep.tokens import Encoding, Grid, Inputs, Tokens
+from mmrep.views import View
 
 
 class ImageViT(ImageEncoder):
@@ -29,6 +31,9 @@ class ImageViT(ImageEncoder):
     Tokens are the class token (if any), the registers (if any), then the patches in raster order. Positions are added
     to patches before any is dropped. Coordinates are (row, column) in patches. Pictures of another size than
     configured are accepted (multi-crop views) if ``patch`` divides them; learned positions are then interpolated.
+
+    With ``resize: native`` a picture keeps its aspect ratio. `prepare` then gives ``{"patches": [N, C * patch * patch],
+    "shape": int64 [2]}``, N = rows * columns; a batch is padded to the most patches, with ``valid`` bool [B, N].
     """
 
     @config
@@ -39,8 +44,13 @@ class ImageViT(ImageEncoder):
         heads; must divide ``width``. mlp_ratio: hidden width of the MLPs over ``width``. class_token: put a class token
         in front. registers: number of register tokens (arXiv:2309.16588). positions: a learned table, or fixed 2-D
         sines and cosines (``width`` must then be a multiple of 4). dropout, drop_path: probabilities; drop_path rises
-        linearly with depth. layer_scale: initial value, or None for none.
+        linearly with depth. layer_scale: initial value, or None for none. resize: as in `Preprocess`, or "native": keep
+        the aspect ratio, shrink to ``max_patches`` patches at most, and fill up the last ones with the background (of
+        bands: the mean); learned positions are a table for ``size``, interpolated for each picture. max_patches: None =
+        those of a square of ``size``. enlarge: let small pictures grow to ``max_patches``, too.
         """
+
+        resize: Literal["crop", "squash", "native"] = "crop"  # pyright: ignore[reportIncompatibleVariableOverride]
 
         patch: Annotated[int, Field(ge=1)] = 4
         width: Annotated[int, Field(ge=1)] = 192
@@ -53,6 +63,8 @@ class ImageViT(ImageEncoder):
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
         drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
         layer_scale: Annotated[float, Field(gt=0)] | None = None
+        max_patches: Annotated[int, Field(ge=1)] | None = None
+        enlarge: bool = False
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -62,6 +74,8 @@ class ImageViT(ImageEncoder):
                 raise ValueError(f"heads={self.heads} does not divide width={self.width}")
             if self.positions == "sincos" and self.width % 4:
                 raise ValueError(f"positions='sincos' needs a width that is a multiple of 4, got {self.width}")
+            if self.resize != "native" and (self.max_patches is not None or self.enlarge):
+                raise ValueError("max_patches, enlarge: mean something only with resize: native")
 
     supports = frozenset({"tokens", "drop_tokens", "layers"})
 
@@ -69,6 +83,8 @@ class ImageViT(ImageEncoder):
         super().__init__(config, files, preprocess=config)
         self.width, self.depth, self.patch = config.width, config.depth, config.patch
         self.grid = config.size // config.patch
+        self.native = config.resize == "native"
+        self.max_patches = config.max_patches or self.grid**2
         self.patches = nn.Conv2d(config.channels, config.width, config.patch, stride=config.patch)
         self.transformer = Transformer(
             config.width,
@@ -84,27 +100,71 @@ class ImageViT(ImageEncoder):
         if config.positions == "learned":
             self.positions = nn.Parameter(0.02 * torch.randn(1, self.grid**2, config.width))
         # One parameter for class token and registers: they differ in nothing but their place.
-        count = config.class_token + config.registers
-        self.special = nn.Parameter(0.02 * torch.randn(1, count, config.width)) if count else None
+        self.count = config.class_token + config.registers
+        self.special = nn.Parameter(0.02 * torch.randn(1, self.count, config.width)) if self.count else None
+
+    def fitted(self, picture: Any, chosen: int | None) -> Any:
+        """See `ImageEncoder.fitted`; a view that chooses a square gets one, whatever ``resize`` says."""
+        if not self.native or chosen is not None:
+            return super().fitted(picture, chosen)
+        enlarge = self.config.enlarge
+        return fit_native(picture, self.preprocess, patch=self.patch, max_patches=self.max_patches, enlarge=enlarge)
+
+    def enough(self) -> int | None:
+        """See `ImageEncoder.enough`: how far a picture of unknown shape will shrink is not known before."""
+        return None if self.native else super().enough()
+
+    def prepare(self, raw: Any, *, view: View | None = None, seed: int = 0) -> Inputs:
+        """One picture to ``pixels``, as `ImageEncoder.prepare` does, or with ``resize: native`` to patches."""
+        item = super().prepare(raw, view=view, seed=seed)
+        if not self.native:
+            return item
+        fill = (0.0,) * self.preprocess.channels if self.bands else self.preprocess.background
+        return to_patches(item["pixels"], self.patch, fill)
+
+    def collate(self, items: Sequence[Inputs]) -> Inputs:
+        """Stack pictures of one shape, or pad patches; see the class."""
+        return collate_patches(items) if self.native else super().collate(items)
+
+    def length(self, item: Inputs) -> int:
+        """The number of patches, where it differs between pictures."""
+        return len(item["patches"]) if self.native else 1
 
     def tokenize(self, inputs: Inputs) -> Tokens:
-        """``{"pixels": [B, C, H, W]}`` to tokens [B, special + H/patch * W/patch, D].
+        """Pixels [B, C, H, W] to tokens [B, special + H/patch * W/patch, D], or patches [B, N, …] to one token each.
 
         Raises:
             ValueError: ``patch`` does not divide H and W.
         """
+        if "patches" in inputs:
+            return self._of_patches(inputs)
         pixels = self.normalize(inputs["pixels"])
         B, _, H, W = pixels.shape
         if H % self.patch or W % self.patch:
             raise ValueError(f"pictures of {H} x {W} cannot be cut into patches of {self.patch}")
         shape = (H // self.patch, W // self.patch)
         values = self.patches(pixels).flatten(2).transpose(1, 2)
-        values = values + self._positions(*shape).to(values.dtype)
-        special = 0
-        if self.special is not None:
-            special = self.special.shape[1]
-            values = torch.cat([self.special.to(values.dtype).expand(B, -1, -1), values], dim=1)
-        return Tokens(values, Grid.regular(B, shape, special=special, device=values.device))
+        values = self._behind_special(values + self._positions(*shape).to(values.dtype))
+        return Tokens(values, Grid.regular(B, shape, special=self.count, device=values.device))
+
+    def _of_patches(self, inputs: Inputs) -> Tokens:
+        """Ragged tokens; the patch embedding is the same convolution, written as a product."""
+        B, N, size = inputs["patches"].shape
+        C, side = self.preprocess.channels, self.patch
+        patches = self.normalize(inputs["patches"].reshape(B * N, C, side, side)).reshape(B, N, size)
+        values = F.linear(patches, self.patches.weight.flatten(1), self.patches.bias)
+        shapes = [(rows, columns) for rows, columns in inputs["shape"].tolist()]
+        known = list(dict.fromkeys(shapes))
+        if known:
+            tables = [F.pad(self._positions(*shape)[0], (0, 0, 0, N - shape[0] * shape[1])) for shape in known]
+            chosen = torch.tensor([known.index(shape) for shape in shapes], device=values.device)
+            values = values + torch.stack(tables)[chosen].to(values.dtype)
+        return Tokens(self._behind_special(values), ragged_grid(inputs, shapes, self.count))
+
+    def _behind_special(self, values: Tensor) -> Tensor:
+        if self.special is None:
+            return values
+        return torch.cat([self.special.to(values.dtype).expand(len(values), -1, -1), values], dim=1)
 
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Tokens to an encoding: [B, N', D], normed; the layers are block outputs, not normed."""
