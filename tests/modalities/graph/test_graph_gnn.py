@@ -275,6 +275,7 @@ def test_weights_come_from_a_checkpoint_of_the_encoder_or_of_a_model_and_not_twi
     (lambda path: None, "there is no file"),
     (lambda path: path.write_bytes(b"not safetensors"), "cannot be loaded"),
     (lambda path: save_file({"other.weight": torch.zeros(2)}, path), "it lacks node_embedding"),
+    (lambda path: save_file(gnn(node_features=3, degree=True).state_dict(), path), "not one of this config's"),
     (lambda path: save_file(gnn(node_features=3, depth=1, conv="gcn").state_dict(), path), "not one of this config's"),
 ])  # fmt: skip
 def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path, make, words: str):
