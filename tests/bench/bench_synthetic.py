@@ -27,7 +27,7 @@ from mmrep.recipe import read_recipe
 from mmrep.run import Run
 
 FIELDS = ["m0", "m1", "m2"]
-DIM = 6  # fewer than the bits of a field: an objective must choose what it keeps
+DIMS = {"all kinds": 12, "parity alone": 6}  # few, so that an objective must choose what it keeps
 WORLD = {"type": "synthetic", "fields": 3, "width": 32}
 WORLDS = {
     "all kinds": {**WORLD, "shared": 4, "pairwise": 2, "unique": 2, "synergy": 2},
@@ -55,14 +55,15 @@ OBJECTIVES: dict[str, list[dict[str, Any]]] = {
 }
 
 
-def recipe(world: dict[str, Any], objectives: list[dict[str, Any]], seed: int, steps: int) -> dict[str, Any]:
+def recipe(title: str, objectives: list[dict[str, Any]], seed: int, steps: int) -> dict[str, Any]:
+    world = WORLDS[title]
     encoder = {"type": "features", "inputs": WORLD["width"], "width": 64, "hidden": 128}
     others = {name: {other: other for other in FIELDS if other != name} for name in FIELDS}
     fusion = {"type": "transformer", "heads": 2}
     return {
         "data": {"train": {**world, "seed": seed}, "fields": {name: name for name in FIELDS}},
         "model": {
-            "dim": DIM,
+            "dim": DIMS[title],
             "towers": {name: {"encoder": encoder} for name in FIELDS},
             "temperatures": {
                 "default": {"scale": 10.0},
@@ -88,12 +89,11 @@ def probe(train: np.ndarray, test: np.ndarray, labels: np.ndarray, answers: np.n
     return float(np.mean(hits))
 
 
-def measure(
-    world: dict[str, Any], objectives: list[dict[str, Any]] | None, seed: int, steps: int
-) -> dict[str, float | None]:
+def measure(title: str, objectives: list[dict[str, Any]] | None, seed: int, steps: int) -> dict[str, float | None]:
     """Probe accuracies by kind of information; None measures the untrained towers."""
+    world = WORLDS[title]
     with tempfile.TemporaryDirectory() as folder:
-        run = Run(read_recipe(recipe(world, objectives or [PAIRS], seed, steps)), Path(folder) / "run")
+        run = Run(read_recipe(recipe(title, objectives or [PAIRS], seed, steps)), Path(folder) / "run")
         if objectives is not None:
             run.train()
         model = run.untrained() if objectives is None else run.model
@@ -132,7 +132,7 @@ def main() -> None:
         )
         for name, objectives in {"untrained": None, **OBJECTIVES}.items():
             start = time.perf_counter()
-            found = [measure(world, objectives, seed, chosen.steps) for seed in range(chosen.seeds)]
+            found = [measure(title, objectives, seed, chosen.steps) for seed in range(chosen.seeds)]
             seconds = (time.perf_counter() - start) / chosen.seeds
             print(f"| {name} | {' | '.join(cell([f[k] for f in found]) for k in kinds)} | {seconds:.1f} |", flush=True)
 
