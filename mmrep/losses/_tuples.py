@@ -21,7 +21,7 @@ class TupleLoss(Protocol):
         takes_partial: a tuple that lacks some field still takes part; else only complete tuples do.
     """
 
-    fields: ClassVar[tuple[int, int | None]]
+    fields: tuple[int, int | None]
     takes_partial: ClassVar[bool]
     config: Any
 

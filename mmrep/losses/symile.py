@@ -81,7 +81,7 @@ def symile(
 class Symile(nn.Module):
     """`symile` as a component; see there for the equation. In training mode, every call has another order."""
 
-    fields: ClassVar[tuple[int, int | None]] = (2, None)
+    fields: tuple[int, int | None] = (2, None)
     takes_partial: ClassVar[bool] = False
 
     @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,8 @@ class Symile(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        if config.negatives == "all":
+            self.fields = (2, 3)
         self.register_buffer("calls", torch.zeros((), dtype=torch.long))  # so that a resumed run goes on alike
 
     @property

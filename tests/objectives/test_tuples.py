@@ -158,6 +158,11 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(loss, partial):
     [
         ({"of": ["x", "yy", "z"]}, "gram", r"tuples\[0\].of: unknown field 'yy'; did you mean 'y'"),
         ({"of": ["x", "y"]}, "triangle", "'triangle' takes 3 fields, got 2: x, y"),
+        (
+            {"of": ["x", "y", "z", "x"], "views": [0, 0, 0, 1]},
+            {"type": "symile", "negatives": "all"},
+            "takes 2 to 3 fields",
+        ),
         ({**XYZ, "anchor": "yy"}, "gram", "anchor: one of x, y, z; 'yy' is not; did you mean 'y'"),
         ({"of": ["x", "x"], "views": [0, 1], "anchor": "x"}, "gram", "'x' is in it twice"),
         ({**XYZ, "views": [0, 1]}, "gram", r"3 fields need 3 views, got \[0, 1\]"),
