@@ -179,7 +179,7 @@ def mutual_information(config: SyntheticConfig, a: Collection[int], b: Collectio
         "shared": float(config.shared * bool(first and second)),
         "pairwise": float(config.pairwise * len(first) * len(second)),
         "unique": 0.0,
-        "synergy": float(config.synergy * (parity[0] + parity[1] - parity[2])) if config.fields > 2 else 0.0,
+        "synergy": float(config.synergy * (parity[0] + parity[1] - parity[2])),
     }
     return {**parts, "total": sum(parts.values())}
 

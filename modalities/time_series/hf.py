@@ -42,10 +42,10 @@ class HFSeries(SeriesEncoder):
     """A Hugging Face PatchTST or PatchTSMixer without its head, the library's own scaling included.
 
     A checkpoint of any task will do (pretraining, prediction, classification, regression); its random masking of the
-    input is off. Every series is brought to the model's context length; times do not reach the model. Tokens are the
-    class token of each channel (if the model has them), then all patches of the first channel, of the next, and so on;
-    their values before `encode` are the library's embeddings, positions included. A patch without an observed value is
-    not valid, but the model has no mask and attends to it, as in the library. Coordinates are the mean time of the
+    input is left out. Every series is brought to the model's context length; times do not reach the model. Tokens are
+    the class token of each channel (if the model has them), then all patches of the first channel, of the next, and so
+    on; their values before `encode` are the library's embeddings, positions included. A patch without an observed value
+    is not valid, but the model has no mask and attends to it, as in the library. Coordinates are the mean time of the
     patch's valid steps, and the channel. Since attention runs without a mask inside each channel, tokens cannot be
     dropped.
     """
@@ -162,7 +162,7 @@ class HFSeries(SeriesEncoder):
 
 
 def _choose(config: Any) -> tuple[Any, Any]:
-    """The transformers class to build, and its config without the random masking of a pretraining checkpoint."""
+    """The transformers class to build, and its config."""
     import transformers
 
     if config.model_type not in _CLASSES:
@@ -170,7 +170,6 @@ def _choose(config: Any) -> tuple[Any, Any]:
             f"a {config.model_type!r} checkpoint is no time series encoder that hf-series knows; it knows "
             f"{' and '.join(_CLASSES)}"
         )
-    config.do_mask_input = False
     return getattr(transformers, _CLASSES[config.model_type]), config
 
 

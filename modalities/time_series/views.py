@@ -125,7 +125,7 @@ class SeriesAugment(View):
         values = self._factors(values, count, seeds, params)
         if c.jitter:
             values = values + c.jitter * spread * self._noise(values, seeds)
-        observed = self._hide(observed, valid, count, seeds, u[:, 2:], params)
+        observed = self._hide(observed, count, seeds, u[:, 2:], params)
         values = torch.where(observed, values.clamp(-LARGEST, LARGEST), 0.0)
         return {**inputs, "values": values, "observed": observed, "times": times, "valid": valid}, params
 
@@ -203,7 +203,7 @@ class SeriesAugment(View):
         radius = (-2 * torch.log1p(-u[:, 0::2])).sqrt()
         return radius * (2 * math.pi * u[:, 1::2]).cos()
 
-    def _hide(self, observed: Tensor, valid: Tensor, count: Tensor, seeds: Tensor, u: Tensor, params: Params) -> Tensor:
+    def _hide(self, observed: Tensor, count: Tensor, seeds: Tensor, u: Tensor, params: Params) -> Tensor:
         """Unobserve channels and a stretch of time; each is left out for samples of which nothing would remain."""
         c = self.config
         if c.drop_channels:
@@ -219,7 +219,7 @@ class SeriesAugment(View):
             possible = (observed & ~hidden[..., None]).flatten(1).any(1)
             params["gap"] = torch.stack([start, size], 1) * possible[:, None]
             observed = observed & ~(hidden & possible[:, None])[..., None]
-        return observed & valid[..., None]
+        return observed
 
 
 def _signed(u: Tensor) -> Tensor:

@@ -143,6 +143,7 @@ def test_a_short_series_is_padded_with_steps_that_are_not_observed(folder: Any, 
     # 26 steps in patches of 8 by 4 from step 2 on: 2-9, 6-13, 10-17, 14-21, 18-25.
     seen = [False, False, True, True, True] if pad == "left" else [True, True, True, False, False]
     assert out.tokens.grid.valid[0].tolist() == seen * 2
+    assert out.tokens.grid.shape is None
     starts = (range(10, 20, 4), 15) if pad == "left" else (range(2, 12, 4), 0)
     for token, start in zip(np.flatnonzero(seen), starts[0], strict=True):
         covered = [2.0 * (s - starts[1]) for s in range(start, start + 8) if 0 <= s - starts[1] < 11]
