@@ -332,6 +332,20 @@ def test_a_broken_frame_is_replaced_by_the_one_before_and_keeps_its_time(tmp_pat
     assert read(data, [20])[0] == [19], "one lost frame is forgiven"
 
 
+@pytest.mark.parametrize(("codec", "format"), [("mpeg4", "avi"), ("libx264", "matroska")])
+def test_a_frame_that_the_decoder_made_up_in_part_counts_as_broken(codec: str, format: str):
+    import av
+
+    data = bytearray(container(textured(12), codec, format, g=1, **({"bf": 0} if codec == "libx264" else {})))
+    with av.open(io.BytesIO(bytes(data))) as movie:
+        start, size = [(p.pos, p.size) for p in movie.demux(video=0) if p.size][5]
+    data[start + size // 2 : start + size] = bytes(size - size // 2)
+    with open_video(bytes(data)) as video:
+        frames = video.read(range(12), np.asarray)
+    np.testing.assert_array_equal(frames[5], frames[4])
+    assert not np.array_equal(frames[6], frames[4])
+
+
 def test_a_broken_first_frame_is_replaced_by_the_next(tmp_path: Path):
     assert read(damaged(FRAMES, tmp_path, [0, 1]))[0][:4] == [2, 2, 2, 3]
 
