@@ -13,7 +13,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -54,7 +54,7 @@ def accounted(where: Callable[[], str]) -> Iterator[None]:
                 book.leave(f" stopped: {type(error).__name__}: {error}")
                 raise
             gone = book.roll_call()
-            book.leave(_FOLLOWED)
+            book.leave(_FOLLOWED, gone)
             raise LostProcess(where(), dist.get_rank(), gone) from error
 
 
@@ -95,14 +95,24 @@ class _Book:
             ended.set()
             thread.join()
 
-    def leave(self, why: str) -> None:
+    def leave(self, why: str, gone: Mapping[int, str] | None = None) -> None:
+        """Say why this process ends, and who it found gone: another may wait for this process only."""
+        gone = gone or {}
         try:
-            self._store.set(self._key("left", self._rank), why)
-            self._store.add(self._key("left", self._size), 1)
+            for rank, word in {**gone, self._rank: why}.items():
+                self._store.set(self._key("left", rank), word.removeprefix(self._who(rank)))
+                self._store.add(self._key("left", self._size), 1)
+            if self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                self._wait_for_readers({*range(1, self._size)} - {*gone})
         except RuntimeError:
-            return  # nobody is left to read it
-        if self._rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            time.sleep(2 * _BEAT)  # the store is in this process: let the others read it first
+            return  # the store is gone: nobody is left to read it
+
+    def _wait_for_readers(self, ranks: set[int]) -> None:
+        """The store is in this process: let the others, on a busy machine too, read it first."""
+        told, deadline = int(self._read("left", self._size)), time.monotonic() + _PATIENCE
+        while ranks and time.monotonic() < deadline:
+            ranks = {r for r in ranks if not self._read("left", r) and int(self._read("read", r) or 0) < told}
+            time.sleep(0.1)
 
     def roll_call(self) -> dict[int, str]:
         """By rank, who is gone and why."""
@@ -120,21 +130,25 @@ class _Book:
                 if self._read_why(rank) or self._read("beat", rank) != beat:
                     del waiting[rank]
             time.sleep(0.1)
-        gone = {r: f" ({self._read('who', r)}) is gone without a word: killed, or out of memory?" for r in waiting}
+        gone = {r: f"{self._who(r)} is gone without a word: killed, or out of memory?" for r in waiting}
         gone |= {rank: why for rank, why in self._left.items() if why != _FOLLOWED}
         return gone or self._left
 
     def _beat(self) -> None:
         self._beats += 1
         self._store.set(self._key("beat", self._rank), str(self._beats))
-        if self._store.check([self._key("left", self._size)]):  # one question a beat, however many processes there are
+        if told := self._read("left", self._size):  # one question a beat, however many processes there are
             for rank in range(self._size):
                 self._read_why(rank)
+            self._store.set(self._key("read", self._rank), told)
 
     def _read_why(self, rank: int) -> str:
         if rank not in self._left and rank != self._rank and (why := self._read("left", rank)):
-            self._left[rank] = why if why == _FOLLOWED else f" ({self._read('who', rank)}){why}"
+            self._left[rank] = why if why == _FOLLOWED else f"{self._who(rank)}{why}"
         return self._left.get(rank, "")
+
+    def _who(self, rank: int) -> str:
+        return f" ({self._read('who', rank)})"
 
     def _read(self, page: str, rank: int) -> str:
         key = self._key(page, rank)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from mmrep.data.source import Source, SourceConfig
 from mmrep.objectives.root import Root
 from mmrep.recipe import read_recipe
 from mmrep.run import Run
+from mmrep.training import roll_call as roll_call_module
 from mmrep.training.engine import end_processes, start_processes
 from mmrep.training.errors import NonFiniteLoss
 from mmrep.training.roll_call import accounted
@@ -173,6 +175,19 @@ def roll_call(folder):
         if rank() == 2:
             raise MemoryError("full")
         time.sleep(0 if rank() == 1 else 4)
+        raise RuntimeError("gloo: connection closed by peer")
+
+
+def late_reader(folder):
+    """The second process dies, the first one finds out, and the third one, whose machine is busy, looks late."""
+    start_processes()
+    late, begin = rank() == 2, time.monotonic()
+    if late:
+        roll_call_module._BEAT = 4.0
+    with accounted(lambda: "here"):
+        if rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(begin + (13 if late else 1) - time.monotonic())  # a roll call takes 6 s
         raise RuntimeError("gloo: connection closed by peer")
 
 

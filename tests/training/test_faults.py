@@ -69,6 +69,13 @@ def test_only_the_cause_is_named(folder):
     assert "process 1" not in first["message"]
 
 
+def test_the_first_process_waits_until_a_late_one_has_read_who_is_gone(folder):
+    with started(engine_run.late_reader, 3, folder) as processes:
+        ended(processes, 60)
+    for rank in (0, 2):
+        assert f"process 1 (pid {processes[1].pid} on " in found(folder, engine_run.late_reader, rank)["message"]
+
+
 def test_uneven_streams_end_each_epoch_by_agreement(folder):
     assert [one.get("steps", one) for one in run(engine_run.uneven, 2, folder)] == [6, 6]
 
