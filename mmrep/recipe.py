@@ -46,7 +46,8 @@ class DataConfig:
 
     drop: by field, the probability that a training sample's value is treated as missing (modality dropout); something
     of each sample always stays. features: a folder in which the features of frozen towers are kept from run to run,
-    by encoder, preprocessing and content; null = in memory only.
+    by encoder, preprocessing and content; null = ``features`` in the run's folder, which only a resumed run reads, and
+    of 2 GiB at most for each process.
     """
 
     train: Annotated[Component, Of("sources")]

@@ -30,6 +30,8 @@ from mmrep.data.quarantine import Quarantine
 from mmrep.data.reader import Reader
 from mmrep.data.sample import Sample
 from mmrep.data.source import Source
+from mmrep.embed.memo import Memo
+from mmrep.embed.store import FeatureStore
 from mmrep.evaluate._errands import Errands
 from mmrep.evaluate.encoded import EncodedSet, encode_source, encode_together
 from mmrep.evaluate.evaluation import Bench, Row
@@ -175,7 +177,7 @@ class Run:
         with _seeded(recipe.train.seed):  # objectives may have weights too
             root = Root(
                 model, recipe.objectives, fields=recipe.data.fields, views=views, average=recipe.average,
-                features=recipe.data.features,
+                memo=self._memo(self.folder, here.rank),
             )  # fmt: skip
         loader = self._loader(model, views, rank=here.rank, size=here.size)
         # A small set is judged after its first pass, a large one after a thousand samples.
@@ -188,8 +190,7 @@ class Run:
         self._where = lambda: f"step {trainer.step + 1}"
         trainer.fit(resume=resume)
         loader.close()
-        if root.memo.store is not None:
-            root.memo.store.flush()
+        root.memo.flush()
         self._where = lambda: "after the last step"
         with self.trained(root) as final:
             if here.rank == 0:
@@ -242,6 +243,11 @@ class Run:
             bucket_by=data.bucket_by, lengths=data.lengths, max_tokens=data.max_tokens,
             micro_batch=recipe.train.micro_batch,
         )  # fmt: skip
+
+    def _memo(self, folder: Path, rank: int) -> Memo:
+        if self.recipe.data.features is not None:
+            return Memo(store=FeatureStore(self.recipe.data.features), max_bytes=None)
+        return Memo(store=FeatureStore(folder / "features" / str(rank)))
 
     def _errands(self, model: Model, untrained: Callable[[], Model]) -> Errands:
         """What the processes do together in an evaluation: embed a held-out source, or (None) the training source."""

@@ -33,11 +33,15 @@ class FeatureStore:
     Args:
         folder: made if it does not exist.
         every: features that are collected before a file is written; `flush` writes the rest.
+
+    Attributes:
+        bytes: size of the features that were read or put.
     """
 
     def __init__(self, folder: Path | str, every: int = 1024) -> None:
         self.folder = Path(folder).expanduser()
         self.every = every
+        self.bytes = 0
         self._known: dict[int, tuple[Path, dict[bytes, Tensor]]] = {}
         self._fresh: dict[Path, dict[bytes, Tensor]] = {}
 
@@ -51,6 +55,7 @@ class FeatureStore:
         if key in known:
             return
         known[key] = feature
+        self.bytes += feature.nbytes
         fresh = self._fresh.setdefault(folder, {})
         fresh[key] = feature
         if len(fresh) >= self.every:
@@ -64,16 +69,21 @@ class FeatureStore:
     def _of(self, tower: Tower) -> tuple[Path, dict[bytes, Tensor]]:
         if id(tower) not in self._known:
             folder = self.folder / tower_digest(tower)
-            self._known[id(tower)] = folder, _read(folder)
+            self._known[id(tower)] = folder, (known := _read(folder))
+            self.bytes += sum(feature.nbytes for feature in known.values())
         return self._known[id(tower)]
 
     def _write(self, folder: Path) -> None:
-        fresh = self._fresh.pop(folder)
+        fresh = self._fresh[folder]
         folder.mkdir(parents=True, exist_ok=True)
         keys = torch.frombuffer(bytearray(b"".join(fresh)), dtype=torch.uint8).view(len(fresh), _KEY)
         draft = folder / f".{uuid4().hex}"
-        save_file({"keys": keys, "features": torch.stack(list(fresh.values()))}, draft)
-        os.replace(draft, folder / f"{draft.name.removeprefix('.')}.safetensors")
+        try:
+            save_file({"keys": keys, "features": torch.stack(list(fresh.values()))}, draft)
+            os.replace(draft, folder / f"{draft.name.removeprefix('.')}.safetensors")
+        finally:
+            draft.unlink(missing_ok=True)
+        del self._fresh[folder]
 
 
 def tower_digest(tower: Tower) -> str:

@@ -13,7 +13,6 @@ from mmrep.cached import CachedStep
 from mmrep.config import Component
 from mmrep.data.batch import Batch
 from mmrep.embed.memo import Memo
-from mmrep.embed.store import FeatureStore
 from mmrep.model import Model
 from mmrep.objectives.average import WeightAverage
 from mmrep.objectives.objective import Objective
@@ -30,7 +29,7 @@ class Root(nn.Module):
         fields: tower name by field.
         views: per field, its views.
         average: decay of a moving average of the model's weights; None = no average.
-        features: folder in which the features of frozen towers are kept; None = in memory only.
+        memo: of the features of frozen towers; None = one in memory only.
 
     Attributes:
         seen: the embeddings of the last forward pass on this process, by field, without graph, for who watches.
@@ -44,13 +43,13 @@ class Root(nn.Module):
         fields: Mapping[str, str],
         views: FieldViews,
         average: float | None = None,
-        features: str | None = None,
+        memo: Memo | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.fields = dict(fields)
         self.views = views
-        self.memo = Memo(store=None if features is None else FeatureStore(features))
+        self.memo = memo or Memo()
         self.objectives = nn.ModuleDict()
         for chosen in objectives:
             name = chosen.config.name or chosen.type
@@ -141,6 +140,10 @@ class Root(nn.Module):
     def _of_scope(self, *scopes: str) -> dict[str, Objective]:
         found = {name: cast(Objective, module) for name, module in self.objectives.items()}
         return {name: objective for name, objective in found.items() if objective.scope in scopes}
+
+    def before_save(self) -> None:
+        """Features of frozen towers are part of a run's state: rounded anew, a resumed run would not be the same."""
+        self.memo.flush()
 
     def after_optimizer_step(self) -> None:
         """Temperature bounds, teachers, queues: once per optimizer step."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError
 from torch import nn
 
 from mmrep.training import checkpoint, rng
@@ -57,6 +58,7 @@ class RunState:
         metrics: its log.
         settings: config by section, to tell what a resume changed; ``train.seed`` is read.
         keep: how many checkpoints stay.
+        before_save: writes, on every process, what the root keeps beside its state and a resumed run must find.
         failed: saves in a row that failed.
     """
 
@@ -68,6 +70,7 @@ class RunState:
     metrics: MetricsLog
     settings: Mapping[str, Mapping[str, Any]]
     keep: int
+    before_save: Callable[[], None] = lambda: None
     failed: int = field(default=0, init=False)
 
     def save(self, counters: Counters, *, last: bool = True) -> Path | None:
@@ -99,17 +102,9 @@ class RunState:
             "scaler": None if scaler is None else scaler.state_dict(),
             "settings": self.settings,
         }
-        failure = None
-        if self.engine.is_main_process:
-            try:
-                self.metrics.sync()
-                checkpoint.save(self.folder, counters.step, packets, state, keep=self.keep)
-            except CheckpointError as error:
-                failure = error
-            except OSError as error:
-                failure = checkpoint.failure(self.folder, counters.step, error)
         try:
-            _agree(failure)
+            _agree(self._tried(self.before_save, counters.step))
+            _agree(self._tried(lambda: self._write(counters.step, packets, state), counters.step))
         except CheckpointError as error:
             self.failed += 1
             if last or self.failed == _PATIENCE:
@@ -119,6 +114,20 @@ class RunState:
             return None
         self.failed = 0
         return checkpoint.path_of(self.folder, counters.step)
+
+    def _write(self, step: int, packets: Mapping[str, Packet | bytes], state: Mapping[str, Any]) -> None:
+        if self.engine.is_main_process:
+            self.metrics.sync()
+            checkpoint.save(cast(Path, self.folder), step, packets, state, keep=self.keep)
+
+    def _tried(self, write: Callable[[], None], step: int) -> CheckpointError | None:
+        try:
+            write()
+        except CheckpointError as error:
+            return error
+        except (OSError, SafetensorError) as error:
+            return checkpoint.failure(cast(Path, self.folder), step, error)
+        return None
 
     def find(self, resume: bool) -> Path | None:
         """The newest whole checkpoint, or None to start anew.

@@ -32,7 +32,8 @@ class Trainer:
     """Trains one root module.
 
     Args:
-        root: ``root(batch) -> {"loss": scalar, named parts}``, with a method ``after_optimizer_step()``.
+        root: ``root(batch) -> {"loss": scalar, named parts}``, with a method ``after_optimizer_step()``. If
+            it has ``before_save()``, that is called on every process before a checkpoint is written.
         loader: batches of this process.
         train: length, precision, intervals.
         optim: optimizer and schedule.
@@ -94,6 +95,7 @@ class Trainer:
         self._state = RunState(
             self.checkpoints, self.accelerator, root, self.optimizer, loader, self.metrics,
             settings={"train": dump(train), "optim": dump(optim)}, keep=train.keep,
+            before_save=getattr(root, "before_save", lambda: None),
         )  # fmt: skip
 
     @property

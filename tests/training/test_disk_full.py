@@ -126,3 +126,17 @@ def test_a_full_disk_stops_the_run_and_it_can_be_resumed(tmp_path, monkeypatch):
     resumed = toy_trainer(tmp_path / "b", root=straight.root.__class__(seed=9))
     resumed.fit(resume=True)
     same(straight, resumed)
+
+
+def test_no_checkpoint_is_written_without_what_the_root_keeps_beside_it(tmp_path):
+    trainer, tries = toy_trainer(tmp_path), []
+
+    def write():
+        tries.append(trainer.step)
+        if trainer.step == 8:
+            raise OSError(28, "No space left on device")
+
+    trainer._state.before_save = write
+    trainer.fit()
+    assert tries == [4, 8, 12, 16, 20]
+    assert checkpoint.steps(trainer.checkpoints) == [12, 16, 20]

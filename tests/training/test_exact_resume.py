@@ -9,6 +9,8 @@ from mmrep.config import component
 from mmrep.data.loader import BatchLoader
 from mmrep.data.reader import Reader
 from mmrep.data.records import Records
+from mmrep.embed.memo import Memo
+from mmrep.embed.store import FeatureStore
 from mmrep.model import Model, ModelConfig, TowerConfig
 from mmrep.objectives.root import Root
 from mmrep.schedules import Schedule
@@ -36,7 +38,7 @@ def build(folder, *, workers=0, seed=0, callbacks=(), steps=12):
     reader = Reader({f: model.tower(t).encoder for f, t in fields.items()}, memoised={"y"})
     loader = BatchLoader(Records.from_lists(**columns), reader, batch_size=4, workers=workers, seed=2)
     return Trainer(
-        Root(model, chosen, fields=fields, views={}), loader,
+        Root(model, chosen, fields=fields, views={}, memo=Memo(store=FeatureStore(folder / "features"))), loader,
         train=TrainConfig(steps=steps, precision="fp32", log_every=2, save_every=3),
         optim=OptimConfig(lr=0.01, schedule=Schedule(warmup=2)), folder=folder, callbacks=callbacks,
     )  # fmt: skip
