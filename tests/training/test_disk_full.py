@@ -129,7 +129,7 @@ def test_a_full_disk_stops_the_run_and_it_can_be_resumed(tmp_path, monkeypatch):
 
 
 def test_no_checkpoint_is_written_without_what_the_root_keeps_beside_it(tmp_path):
-    trainer, tries = toy_trainer(tmp_path), []
+    trainer, tries = toy_trainer(tmp_path, keep=9), []
 
     def write():
         tries.append(trainer.step)
@@ -139,4 +139,4 @@ def test_no_checkpoint_is_written_without_what_the_root_keeps_beside_it(tmp_path
     trainer._state.before_save = write
     trainer.fit()
     assert tries == [4, 8, 12, 16, 20]
-    assert checkpoint.steps(trainer.checkpoints) == [12, 16, 20]
+    assert checkpoint.steps(tmp_path / "checkpoints") == [4, 12, 16, 20]
