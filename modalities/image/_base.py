@@ -117,8 +117,9 @@ class ImageEncoder(Encoder):
             picture: the picture.
             chosen: the side of the square that a view wants; see `fit_square`.
         """
-        fit = fit_square if isinstance(picture, Image.Image) else fit_bands
-        return fit(picture, self.preprocess, chosen)
+        if isinstance(picture, Image.Image):
+            return fit_square(picture, self.preprocess, chosen)
+        return fit_bands(picture, self.preprocess, chosen)
 
     def enough(self) -> int | None:
         """How many pixels of its shorter side a picture must keep while it is decoded; None: all of them."""
