@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from mmrep.config import Component, Of, config
 from mmrep.encoder import BadSampleError, Encoder
-from mmrep.modalities.text._base import TextEncoder
+from mmrep.modalities.text._base import TextEncoder, grid
 from mmrep.modalities.text._examples import examples
 from mmrep.modalities.text._prompts import shared_start
 from mmrep.tokens import Encoding, Grid, Inputs, Tokens
@@ -171,8 +171,8 @@ class ChunkedText(Encoder):
 
     def forward(self, inputs: Inputs) -> Encoding:
         """As the inner encoder's own forward, window by window."""
-        out = self.inner(_flat(inputs))
-        return self._join(out, self._grid(inputs, out.tokens.grid))
+        flat = _flat(inputs)
+        return self._join(self.inner(flat), self._grid(inputs, grid(flat)))
 
     def _grid(self, inputs: Inputs, inner: Grid) -> _Windows:
         empty = torch.zeros_like(inputs["counted"])

@@ -135,6 +135,8 @@ def test_a_crop_that_chooses_its_size_is_that_square():
     encoder = vit()
     crop = component("views", "image-crop", size=8).build()
     assert encoder.prepare(picture(90, 30), view=crop, seed=1)["shape"].tolist() == [2, 2]
+    large = component("views", "image-crop", size=24).build()
+    assert encoder.prepare(picture(90, 30), view=large, seed=1)["shape"].tolist() == [6, 6]  # more than max_patches
     free = component("views", "image-crop").build()
     assert encoder.prepare(picture(90, 30), view=free, seed=1)["shape"].tolist() == [4, 4]
 

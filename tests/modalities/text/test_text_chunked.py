@@ -174,6 +174,15 @@ def test_every_window_stands_behind_the_prompt(make: Callable[..., ChunkedText],
     first = twin[0][:14] if pooled else torch.cat([twin[0][:1], twin[0][3:14]])
     want = torch.cat([first, twin[1][4:13], twin[1][13:14]])
     torch.testing.assert_close(out.values[0][out.grid.valid[0]], want)
+    batch = encoder.collate([encoder.prepare(text), encoder.prepare("w1")])
+    with torch.no_grad():
+        steps, whole = encoder.encode(encoder.tokenize(batch)).tokens, encoder(batch).tokens
+    assert torch.equal(steps.grid.valid, whole.grid.valid)
+    assert torch.equal(steps.grid.coords, whole.grid.coords)
+    places = [0, *range(1 if pooled else 3, 24)]  # begin, two words of the prompt, twenty of the text, end
+    assert whole.grid.coords[0, :, 0][whole.grid.valid[0]].tolist() == places
+    short = run(encoder.inner, ["w1"]).tokens.grid
+    assert torch.equal(whole.grid.coords[1][whole.grid.valid[1]], short.coords[0][short.valid[0]])
 
 
 def test_a_view_and_a_chosen_prompt_go_through() -> None:
