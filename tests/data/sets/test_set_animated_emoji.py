@@ -73,6 +73,10 @@ def test_frames_are_counted_as_pillow_does(tmp_path):
     for frames in (1, 2, 5):
         file = files(tmp_path, {f"{frames}.webp": webp(frames)}) / f"{frames}.webp"
         assert _animation(file, 0) == (Image.open(file).n_frames, 0 if frames == 1 else frames * 0.04)
+    whole = webp(4)
+    at = whole.index(b"ANMF")
+    odd = whole[:at] + b"odd " + (3).to_bytes(4, "little") + b"abc\0" + whole[at:]  # chunks are padded to even sizes
+    assert _animation(files(tmp_path, {"odd.webp": odd}) / "odd.webp", 0) == (4, 0.16)
     assert _animation(files(tmp_path, {"no.webp": b"GIF89a" * 9}) / "no.webp", 0) == (1, 0.0)
     cut = files(tmp_path, {"cut.webp": webp(5)[:60]}) / "cut.webp"
     assert _animation(cut, 0)[0] <= 1

@@ -93,6 +93,8 @@ def test_scaffolds():
     assert _scaffold("Cc1ccc(CC2CC2)cc1") == "c1ccc(CC2CC2)cc1"  # what links rings belongs to it
     assert _scaffold("C[C@H]1CCN(C)C1") == _scaffold("C1CCNC1")  # whatever the stereochemistry
     assert _scaffold("CCCO") == _scaffold("CCC=O") == _scaffold("CC[NH2+]C") == _scaffold("C#CSF") == "CCCC"
+    assert _scaffold("CCC[O-]") == _scaffold("CCC[OH2+]") == "CCCC"  # whatever hydrogens the atom was written with
+    assert _scaffold("C1CC[C@@H]2CCCC[C@H]2C1") == _scaffold("C1CC[C@@H]2CCCC[C@@H]2C1") == _scaffold("C1CCC2CCCCC2C1")
     assert _scaffold("CC(C)O") == "CC(C)C"
     assert _scaffold("[13CH3]C") == _scaffold("CC") == "CC"
     assert _scaffold("FS(F)(F)(F)(F)F") is not None  # valences that carbon does not have
