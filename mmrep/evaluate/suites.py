@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 
 from mmrep.config import config
@@ -27,7 +29,9 @@ class Retrieval(Evaluation):
 
         baselines: ``untrained`` (the model before training) and ``nearest-input`` (each item of the second field is
         described by the first field of its nearest training item in raw inputs; where every group has a training item,
-        also ``lookup``: raw distance to that item). neighbours: for ``nearest-input``.
+        also ``lookup``: raw distance to that item). neighbours: for ``nearest-input``. distinct: within a group, count
+        texts and files that are the same once (the picture of a thing that is named in five languages), not as five
+        items that fill the first five places together.
         """
 
         data: str
@@ -35,6 +39,7 @@ class Retrieval(Evaluation):
         ks: tuple[int, ...] = (1, 5, 10)
         baselines: tuple[Literal["untrained", "nearest-input"], ...] = ("untrained",)
         neighbours: Annotated[int, Field(ge=1)] = 1
+        distinct: bool = False
 
     config: Config
 
@@ -68,11 +73,24 @@ class Retrieval(Evaluation):
         groups = np.array(encoded.groups(), dtype=object)
         rows: list[Row] = []
         for first, second, x, y in ((a, b, left, right), (b, a, right, left)):
-            here, there = encoded.present[first], encoded.present[second]
+            here, there = (encoded.present[field] & self._counted(encoded, field, groups) for field in (first, second))
             relevant = Relevance.from_groups(list(groups[here]), list(groups[there]))
             figures = retrieval_metrics(x[here], y[there], relevant, self.config.ks)
             rows.append({"who": who, "direction": f"{first}→{second}", **figures})
         return rows
+
+    def _counted(self, encoded: EncodedSet, field: str, groups: Any) -> NDArray[np.bool_]:
+        """Bool [n]: all, or the first of each group's equal texts and files."""
+        counted = np.ones(len(encoded), dtype=bool)
+        if not self.config.distinct:
+            return counted
+        seen: set[tuple[str, str]] = set()
+        for i, group in enumerate(groups):
+            raw = encoded.raw(i, field)
+            if isinstance(raw, (str, Path)):
+                counted[i] = (group, str(raw)) not in seen
+                seen.add((group, str(raw)))
+        return counted
 
 
 class ZeroShot(Evaluation):
