@@ -52,7 +52,9 @@ class Subject:
         views: dict[str, list[View | None]] = {f: [v.build() for v in vs] for f, vs in recipe.data.views.items()}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.train.seed)  # objectives with parameters of their own start alike everywhere
-            self.root = Root(run.untrained(), recipe.objectives, fields=recipe.data.fields, views=views)
+            self.root = Root(
+                run.untrained(), recipe.objectives, fields=recipe.data.fields, views=views, teacher=recipe.teacher
+            )  # fmt: skip
         encoders = {field: self.root.model.tower(tower).encoder for field, tower in recipe.data.fields.items()}
         # No field is memoised: a frozen tower computes its features anew, which are the same.
         self._reader = Reader(encoders, views=views, seed=recipe.train.seed, group=run.train_source.has_group)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmrep.data.batch import Batch
 from mmrep.step import Step
-from mmrep.tokens import Encoding, Inputs
+from mmrep.tokens import Content, Encoding, Inputs, Tokens
 from mmrep.views.view import Params
 
 Key = tuple[str, int]
@@ -70,9 +70,25 @@ class CachedStep(Step):
         """See `Step.features`."""
         return torch.cat([self.part(number).features(field) for number in range(self.passes)])
 
+    def taught_embedding(self, field: str, view: int = 0) -> Tensor:
+        """See `Step.taught_embedding`."""
+        return torch.cat([self.part(number).taught_embedding(field, view) for number in range(self.passes)])
+
     def encoding(self, field: str, view: int = 0) -> Encoding:
         """Refused."""
         self._refuse("encoding")
+
+    def tokens(self, field: str, view: int = 0) -> Tokens:
+        """Refused."""
+        self._refuse("tokens")
+
+    def content(self, field: str, view: int = 0) -> Content:
+        """Refused."""
+        self._refuse("content")
+
+    def taught(self, field: str, view: int = 0, layers: tuple[int, ...] = ()) -> Encoding:
+        """Refused."""
+        self._refuse("taught")
 
     def inputs(self, field: str, view: int = 0) -> Inputs:
         """Refused."""

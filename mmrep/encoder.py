@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mmrep.tokens import Encoding, Inputs, Tokens
+from mmrep.tokens import Content, Encoding, Inputs, Tokens
 from mmrep.views import View
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CAPABILITIES = frozenset({"tokens", "drop_tokens", "mask_token", "layers"})
+CAPABILITIES = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
 
 
 class BadSampleError(ValueError):
@@ -49,7 +49,8 @@ class Encoder(nn.Module):
     Attributes:
         modality: the name of the modality, such as ``"image"``.
         width: D, the width of the tokens.
-        supports: which of ``"tokens", "drop_tokens", "mask_token", "layers"`` the encoder can do.
+        supports: which of ``"tokens", "drop_tokens", "mask_token", "layers", "content"`` the encoder can do.
+            ``"mask_token"``: `tokenize` gives the positions apart, so that a token can be hidden and its place kept.
         pooled_width: width of ``Encoding.pooled``, if the architecture has one of another width than its tokens.
         depth: how many layers can be asked for, 0 when ``"layers"`` is not supported.
     """
@@ -127,6 +128,10 @@ class Encoder(nn.Module):
     def tokenize(self, inputs: Inputs) -> Tokens:
         """Inputs to tokens [B, N, D], with positions added."""
         raise NotImplementedError
+
+    def content(self, inputs: Inputs) -> Content:
+        """What each token was made from, for objectives that predict it: see `Content`. Needs ``"content"``."""
+        raise ValueError(unsupported(self, "content"))
 
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Tokens to an encoding.

@@ -21,6 +21,7 @@ from mmrep.config import Component, ConfigError, Of, config, dump, merge, overri
 from mmrep.hub.start import saved_config
 from mmrep.model import ModelConfig
 from mmrep.registry import near
+from mmrep.teacher import TeacherConfig
 from mmrep.training.optim import OptimConfig
 from mmrep.training.trainer import TrainConfig
 
@@ -99,6 +100,7 @@ class Recipe:
     evaluations: Annotated[dict[str, Component], Of("evaluations")] = field(default_factory=dict)
     monitor: list[str] = field(default_factory=list)
     average: Annotated[float, Field(gt=0, lt=1)] | None = None
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     collapse: CollapseConfig | None = field(default_factory=CollapseConfig)
     start: str | None = None
     about: str = ""

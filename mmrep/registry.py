@@ -170,6 +170,9 @@ projectors = Registry("mmrep.projectors", "projector")
 losses = Registry("mmrep.losses", "loss")
 tuple_losses = Registry("mmrep.tuple_losses", "tuple loss")
 fusions = Registry("mmrep.fusions", "fusion")
+masks = Registry("mmrep.masks", "mask")
+targets = Registry("mmrep.targets", "target")
+predictors = Registry("mmrep.predictors", "predictor")
 objectives = Registry("mmrep.objectives", "objective")
 views = Registry("mmrep.views", "view")
 sources = Registry("mmrep.sources", "data source")
@@ -184,6 +187,9 @@ REGISTRIES: dict[str, Registry] = {
         fusions,
         losses,
         tuple_losses,
+        masks,
+        targets,
+        predictors,
         objectives,
         views,
         sources,

@@ -177,9 +177,9 @@ class Run:
         with _seeded(recipe.train.seed):  # objectives may have weights too
             root = Root(
                 model, recipe.objectives, fields=recipe.data.fields, views=views, average=recipe.average,
-                memo=self._memo(self.folder, here.rank),
+                memo=self._memo(self.folder, here.rank), teacher=recipe.teacher,
             )  # fmt: skip
-        loader = self._loader(model, views, rank=here.rank, size=here.size)
+        loader = self._loader(model, views, raw=root.raw, rank=here.rank, size=here.size)
         # A small set is judged after its first pass, a large one after a thousand samples.
         enough = 1000 if self.train_source.streaming else min(1000, len(self.train_source) // here.size)
         quarantine = Quarantine(self.folder, limit=recipe.data.max_bad, minimum=enough, processes=here.size)
@@ -224,14 +224,17 @@ class Run:
         watch = [] if self.recipe.collapse is None else [CollapseWatch(self.recipe.collapse, root)]
         return [*watch, *([Monitor(self, root)] if self.recipe.monitor else [])]
 
-    def _loader(self, model: Model, views: Mapping[str, list[View | None]], *, rank: int, size: int) -> BatchLoader:
+    def _loader(
+        self, model: Model, views: Mapping[str, list[View | None]], *, raw: set[str], rank: int, size: int
+    ) -> BatchLoader:
         recipe, data = self.recipe, self.recipe.data
         encoders = {field: model.tower(tower).encoder for field, tower in recipe.data.fields.items()}
         # A frozen tower sees the same deterministic reading in every epoch: its features are kept, not recomputed.
         # A view that only chooses among sample values (a caption of many) keeps that true: content is the key.
         memoised = {
             field for field, tower in recipe.data.fields.items()
-            if model.tower(tower).config.frozen and not any(_on_device(v) for v in views.get(field, ()))
+            if model.tower(tower).config.frozen and field not in raw
+            and not any(_on_device(v) for v in views.get(field, ()))
         }  # fmt: skip
         reader = Reader(
             encoders, views=views, memoised=memoised, seed=recipe.train.seed, group=self.train_source.has_group,

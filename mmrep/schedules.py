@@ -7,6 +7,7 @@ that it moves: ``optim.lr`` first, later ``teacher.momentum`` or an objective's 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -63,3 +64,29 @@ class Schedule:
     def warmup_steps(self, total: int) -> int:
         """Length of the warm-up in steps, for a run of ``total`` steps."""
         return round(self.warmup * total) if self.warmup < 1 else round(self.warmup)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a run is.
+
+    Attributes:
+        step: optimizer steps taken before this one.
+        total: steps of the whole run; None = unknown.
+    """
+
+    step: int = 0
+    total: int | None = None
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 to 1; 0 where its length is unknown."""
+        return 0.0 if not self.total else min(1.0, self.step / self.total)
+
+    def value(self, base: float, schedule: Schedule | None) -> float:
+        """``base`` as the schedule has moved it by now; a run of unknown length keeps the base after the warm-up."""
+        if schedule is None:
+            return base
+        if self.total is None and schedule.needs_total:
+            return base
+        return schedule.value(base, self.step, self.total)

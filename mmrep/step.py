@@ -13,7 +13,9 @@ from mmrep.data.sample import stable_hash
 from mmrep.embed.memo import Memo
 from mmrep.model import Model, Tower
 from mmrep.registry import UnknownNameError, near
-from mmrep.tokens import Encoding, Inputs
+from mmrep.schedules import Clock
+from mmrep.teacher import Teacher
+from mmrep.tokens import Content, Encoding, Inputs, Tokens
 from mmrep.views.view import Params, View
 from mmrep.world import World
 
@@ -30,10 +32,21 @@ class Step:
         views: per field, its views; a field without an entry has one deterministic reading.
         world: the processes that share the batch; losses gather through it.
         memo: features of frozen towers, kept by content.
+        teacher: averages of the modules that some objective asked for; None = none did.
+        clock: where the run is.
     """
 
     def __init__(
-        self, model: Model, batch: Batch, *, fields: Mapping[str, str], views: FieldViews, world: World, memo: Memo
+        self,
+        model: Model,
+        batch: Batch,
+        *,
+        fields: Mapping[str, str],
+        views: FieldViews,
+        world: World,
+        memo: Memo,
+        teacher: Teacher | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self.model = model
         self.batch = batch
@@ -41,6 +54,12 @@ class Step:
         self._fields = fields
         self._views = views
         self._memo = memo
+        self._teacher = teacher
+        self.clock = clock or Clock()
+        self._tokens: dict[tuple[str, int], Tokens] = {}
+        self._contents: dict[tuple[str, int], Content] = {}
+        self._taught: dict[tuple[str, int, tuple[int, ...]], Encoding] = {}
+        self._taught_embeddings: dict[tuple[str, int], Tensor] = {}
         self._inputs: dict[tuple[str, int], tuple[Inputs, Params]] = {}
         self._embeddings: dict[tuple[str, int], Tensor] = {}
         self._encodings: dict[tuple[str, int], Encoding] = {}
@@ -78,6 +97,16 @@ class Step:
         known = self.batch.present.get(field)
         return torch.zeros(len(self.batch), dtype=torch.bool, device=self.model.device) if known is None else known
 
+    def has(self, field: str) -> bool:
+        """Whether some sample of this process has the field."""
+        return field in self.batch.inputs
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher of all modules that objectives named in ``taught()``."""
+        assert self._teacher is not None, "an objective that reads the teacher names what it reads in taught()"
+        return self._teacher
+
     def inputs(self, field: str, view: int = 0) -> Inputs:
         """The collated inputs of the samples that have the field, after the view's transform on the device."""
         return self._viewed(field, view)[0]
@@ -89,12 +118,53 @@ class Step:
         """
         return self._viewed(field, view)[1]
 
+    def tokens(self, field: str, view: int = 0) -> Tokens:
+        """Tokens before the encoder's layers, of the samples that have the field (rows where `present` is True)."""
+        key = (field, view)
+        if key not in self._tokens:
+            self._tokens[key] = self.tower(field).encoder.tokenize(self.inputs(field, view))
+        return self._tokens[key]
+
+    def content(self, field: str, view: int = 0) -> Content:
+        """What each of these tokens was made from."""
+        key = (field, view)
+        if key not in self._contents:
+            self._contents[key] = self.tower(field).encoder.content(self.inputs(field, view))
+        return self._contents[key]
+
     def encoding(self, field: str, view: int = 0) -> Encoding:
-        """Tokens of the samples that have the field (rows where `present` is True)."""
+        """Tokens after the encoder's layers, of the samples that have the field (rows where `present` is True)."""
         key = (field, view)
         if key not in self._encodings:
-            self._encodings[key] = self.tower(field).encoding(self.inputs(field, view))
+            if key in self._tokens:
+                self._encodings[key] = self.tower(field).encoder.encode(self._tokens[key])
+            else:
+                self._encodings[key] = self.tower(field).encoding(self.inputs(field, view))
         return self._encodings[key]
+
+    @torch.no_grad()
+    def taught(self, field: str, view: int = 0, layers: tuple[int, ...] = ()) -> Encoding:
+        """The teacher's `encoding` of the whole field, without gradient; ``layers`` as in `Encoder.encode`."""
+        key = (field, view, layers)
+        if key not in self._taught:
+            encoder = self.teacher.of(self.tower(field).encoder)
+            self._taught[key] = encoder.encode(encoder.tokenize(self.inputs(field, view)), None, layers)
+        return self._taught[key]
+
+    @torch.no_grad()
+    def taught_embedding(self, field: str, view: int = 0) -> Tensor:
+        """The teacher's `embedding`, without gradient; rows of samples without the field are zero."""
+        key = (field, view)
+        if key not in self._taught_embeddings:
+            tower, rows = self.tower(field), self.present(field).nonzero()[:, 0]
+            if self.has(field):
+                twin = self.teacher.of(tower)
+                found = twin.project(twin.pool(self.taught(field, view)))
+            else:
+                found = torch.zeros(0, tower.dim, device=self.model.device)
+            out = found.new_zeros(len(self.batch), tower.dim)
+            self._taught_embeddings[key] = out.index_copy(0, rows, found)
+        return self._taught_embeddings[key]
 
     def embedding(self, field: str, view: int = 0) -> Tensor:
         """Embeddings float32 [B, dim] of a field or of a fusion; rows of samples without the field are zero.
@@ -144,6 +214,8 @@ class Step:
         elif field in self.batch.inputs:
             if (field, view) in self._encodings:
                 found = tower.project(tower.pool(self._encodings[field, view]))
+            elif (field, view) in self._tokens:
+                found = tower.project(tower.pool(self.encoding(field, view)))
             else:
                 found = tower(self.inputs(field, view))
         else:

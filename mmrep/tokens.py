@@ -78,6 +78,21 @@ class Grid:
             edges=None if self.edges is None else self._induced(index),
         )
 
+    def repeat(self, times: int) -> Grid:
+        """Every sample ``times`` times, one after the other."""
+        edges = self.edges
+        if edges is not None:
+            N = self.valid.shape[1]
+            sample, token = edges // N, edges % N
+            edges = torch.cat([(sample * times + k) * N + token for k in range(times)], 1)
+        return Grid(
+            coords=self.coords.repeat_interleave(times, 0),
+            valid=self.valid.repeat_interleave(times, 0),
+            special=self.special.repeat_interleave(times, 0),
+            shape=self.shape,
+            edges=edges,
+        )
+
     def _induced(self, index: Tensor) -> Tensor:
         """Keep the edges whose two ends are both in ``index``, renumbered to the new token positions."""
         assert self.edges is not None
@@ -98,14 +113,19 @@ class Tokens:
     Attributes:
         values: float [B, N, D]; positions have been added already.
         grid: where the tokens sit.
+        positions: float [B, N, D]; the part of ``values`` that says where a token is, and nothing of what is there. An
+            encoder that supports ``"mask_token"`` gives it: a hidden token is a learned vector plus its position.
     """
 
     values: Tensor
     grid: Grid
+    positions: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.values.shape[:2] != self.grid.valid.shape:
             raise ValueError(f"values {tuple(self.values.shape)} do not match a grid of {tuple(self.grid.valid.shape)}")
+        if self.positions is not None and self.positions.shape != self.values.shape:
+            raise ValueError(f"positions {tuple(self.positions.shape)} do not match values {tuple(self.values.shape)}")
 
     def keep(self, index: Tensor | None) -> Tokens:
         """Drop every token that is neither special nor named in ``index``.
@@ -121,7 +141,62 @@ class Tokens:
             return self
         full = keep_special(index, self.grid)
         at = full.clamp_min(0)[..., None].expand(-1, -1, self.values.shape[-1])
-        return Tokens(self.values.gather(1, at), self.grid.select(full))
+        positions = None if self.positions is None else self.positions.gather(1, at)
+        return Tokens(self.values.gather(1, at), self.grid.select(full), positions)
+
+    def hide(self, index: Tensor, token: Tensor) -> Tokens:
+        """Replace what is at ``index`` by ``token``, in place: only the position stays.
+
+        Args:
+            index: int64 [B, K], positions among this object's tokens; -1 is an empty slot.
+            token: float [D], the learned mask token.
+
+        Raises:
+            ValueError: the encoder that made these tokens does not give positions.
+        """
+        if self.positions is None:
+            raise ValueError("these tokens come without positions: their encoder does not support 'mask_token'")
+        hidden = indicator(index, self.values.shape[1])[..., None]
+        return replace(self, values=torch.where(hidden, token.to(self.values.dtype) + self.positions, self.values))
+
+    def repeat(self, times: int) -> Tokens:
+        """Every sample ``times`` times, one after the other: [B * times, N, D]."""
+        if times == 1:
+            return self
+        positions = None if self.positions is None else self.positions.repeat_interleave(times, 0)
+        return Tokens(self.values.repeat_interleave(times, 0), self.grid.repeat(times), positions)
+
+
+@dataclass(frozen=True)
+class Content:
+    """What each token of a batch was made from, before anything was learned: what a masked objective may ask for.
+
+    Attributes:
+        values: float [B, N, P] (the pixels of a patch, the points of a group), or int64 [B, N] codes below
+            ``vocabulary``. N is as in what ``tokenize`` returns; what is at special and padded tokens means nothing.
+        observed: bool, as ``values``; False where nothing was measured (a gap in a series, beyond the end of a clip).
+            None = everything was.
+        vocabulary: number of codes; None for float values.
+        points: the values of a token are an unordered set of points with this many figures each; None = they are not.
+    """
+
+    values: Tensor
+    observed: Tensor | None = None
+    vocabulary: int | None = None
+    points: int | None = None
+
+
+def indicator(index: Tensor, n: int) -> Tensor:
+    """Bool [B, n], True at ``index`` int64 [B, K]; -1 is an empty slot."""
+    marks = torch.zeros(len(index), n + 1, dtype=torch.bool, device=index.device)
+    return marks.scatter_(1, index.masked_fill(index < 0, n), True)[:, :n]
+
+
+def index_set(marks: Tensor) -> Tensor:
+    """Where bool [B, N] is True: int64 [B, K] in ascending order, -1 behind the last; K is the largest count."""
+    K = int(marks.sum(1).max()) if len(marks) else 0
+    order = (~marks).to(torch.int8).argsort(dim=1, stable=True)[:, :K]
+    return order.masked_fill(~marks.gather(1, order), -1)
 
 
 def keep_special(index: Tensor, grid: Grid) -> Tensor:

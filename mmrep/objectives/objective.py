@@ -46,5 +46,17 @@ class Objective(nn.Module):
         """
         return len(step.ids)
 
+    def taught(self) -> list[nn.Module]:
+        """Modules, of the model or its own, that need a teacher: see `Step.teacher`. The default needs none."""
+        return []
+
+    def embedded(self) -> set[str] | None:
+        """Fields whose embedding it asks for; the projector of a tower that nobody asks rests. None = any of them."""
+        return None
+
+    def raw(self) -> set[str]:
+        """Fields whose inputs it needs even where their tower is frozen and its features would be kept instead."""
+        return set()
+
     def after_optimizer_step(self) -> None:
         """Update teachers, queues and centres. Called once per optimizer step."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import cast
@@ -16,8 +17,12 @@ from mmrep.embed.memo import Memo
 from mmrep.model import Model
 from mmrep.objectives.average import WeightAverage
 from mmrep.objectives.objective import Objective
+from mmrep.schedules import Clock
 from mmrep.step import FieldViews, Step, idle
+from mmrep.teacher import Teacher, TeacherConfig
 from mmrep.training.collectives import world
+
+logger = logging.getLogger(__name__)
 
 
 class Root(nn.Module):
@@ -30,8 +35,10 @@ class Root(nn.Module):
         views: per field, its views.
         average: decay of a moving average of the model's weights; None = no average.
         memo: of the features of frozen towers; None = one in memory only.
+        teacher: how the teacher follows, if some objective needs one.
 
     Attributes:
+        clock: where the run is; the trainer sets it before each step.
         seen: the embeddings of the last forward pass on this process, by field, without graph, for who watches.
     """
 
@@ -44,6 +51,7 @@ class Root(nn.Module):
         views: FieldViews,
         average: float | None = None,
         memo: Memo | None = None,
+        teacher: TeacherConfig | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -56,6 +64,10 @@ class Root(nn.Module):
             name = name if name not in self.objectives else f"{name}-{len(self.objectives)}"
             self.objectives[name] = chosen.build(model, self.fields)
 
+        self._rest()
+        taught = [module for objective in self.objectives.values() for module in cast(Objective, objective).taught()]
+        self.teacher = Teacher(teacher or TeacherConfig(), taught) if taught else None
+        self.clock = Clock()
         self.average = None if average is None else WeightAverage(model, average)
         if self.average is not None:  # DDP would broadcast them in every forward pass; they are equal anyway
             names = [f"average.{name}" for name, _ in self.average.named_buffers()]
@@ -63,6 +75,27 @@ class Root(nn.Module):
         self.seen: dict[str, Tensor] = {}
         self._cached: CachedStep | None = None
         self._shares = torch.zeros(0, 0)
+
+    @property
+    def raw(self) -> set[str]:
+        """Fields whose inputs some objective needs even where their tower is frozen."""
+        return {field for objective in self.objectives.values() for field in cast(Objective, objective).raw()}
+
+    def _rest(self) -> None:
+        """Freeze pool and projector of towers whose embedding no objective asks for: decay alone would move them."""
+        asked: set[str] = set()
+        for objective in self.objectives.values():
+            fields = cast(Objective, objective).embedded()
+            asked |= {*self.fields} if fields is None else fields
+        towers = {id(self.model.tower(self.fields[field])) for field in asked}
+        for name in self.model.towers:
+            tower = self.model.tower(name)
+            if id(tower) in towers or not self.objectives:
+                continue
+            for part in (tower.pool, tower.projector):
+                if any(p.requires_grad for p in part.parameters()):
+                    logger.info("tower %s: no objective asks for its embedding; %s rests", name, type(part).__name__)
+                part.requires_grad_(False)
 
     def compile_encoders(self) -> None:
         """Compile every trained encoder's forward pass, in place: names in checkpoints stay as they are."""
@@ -91,6 +124,7 @@ class Root(nn.Module):
             scale: what the loss was multiplied by before its backward pass (fp16).
         """
         options = {"fields": self.fields, "views": self.views, "world": world(), "memo": self.memo}
+        options |= {"teacher": self.teacher, "clock": self.clock}
         if replay is not None:
             return self._replay(replay, scale)
         if passes is None:
@@ -150,5 +184,7 @@ class Root(nn.Module):
         self.model.clamp_temperatures()
         for objective in self.objectives.values():
             cast(Objective, objective).after_optimizer_step()
+        if self.teacher is not None:
+            self.teacher.update(self.clock)
         if self.average is not None:
             self.average.update()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mmrep.config import dump
 from mmrep.data.batch import Batch
 from mmrep.data.sample import Quarantined
+from mmrep.schedules import Clock
 from mmrep.training import rng
 from mmrep.training.cached import forward_backward
 from mmrep.training.contracts import Callback, Loader, TrainConfig
@@ -32,8 +33,9 @@ class Trainer:
     """Trains one root module.
 
     Args:
-        root: ``root(batch) -> {"loss": scalar, named parts}``, with a method ``after_optimizer_step()``. If
-            it has ``before_save()``, that is called on every process before a checkpoint is written.
+        root: ``root(batch) -> {"loss": scalar, named parts}``, with a method ``after_optimizer_step()``. It is given
+            the ``clock`` of each step. If it has ``before_save()``, that is called on every process before a checkpoint
+            is written.
         loader: batches of this process.
         train: length, precision, intervals.
         optim: optimizer and schedule.
@@ -176,6 +178,7 @@ class Trainer:
         if batch.quarantined and self.on_quarantined is not None:
             self.on_quarantined(batch.quarantined, self.counters.samples)
         set_lr(self.optimizer, self._lr(self.step))
+        cast(Any, self.root).clock = Clock(self.step, self.total_steps)
         if self._look_every == 1:
             self._statistics.keep()
         report = forward_backward(self._parallel, self.accelerator, batch.to(self.device))

@@ -21,7 +21,7 @@ from mmrep.config import config
 from mmrep.modalities.image._base import ImageEncoder
 from mmrep.modalities.image._native import collate_patches, fit_native, ragged_grid, to_patches
 from mmrep.modalities.image._preprocess import Preprocess
-from mmrep.tokens import Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
 from mmrep.views import View
 
 
@@ -77,7 +77,7 @@ class ImageViT(ImageEncoder):
             if self.resize != "native" and (self.max_patches is not None or self.enlarge):
                 raise ValueError("max_patches, enlarge: mean something only with resize: native")
 
-    supports = frozenset({"tokens", "drop_tokens", "layers"})
+    supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
 
     def __init__(self, config: Config, files: Path | None = None) -> None:
         super().__init__(config, files, preprocess=config)
@@ -144,8 +144,19 @@ class ImageViT(ImageEncoder):
             raise ValueError(f"pictures of {H} x {W} cannot be cut into patches of {self.patch}")
         shape = (H // self.patch, W // self.patch)
         values = self.patches(pixels).flatten(2).transpose(1, 2)
-        values = self._behind_special(values + self._positions(*shape).to(values.dtype))
-        return Tokens(values, Grid.regular(B, shape, special=self.count, device=values.device))
+        places = self._positions(*shape).to(values.dtype).expand(B, -1, -1)
+        grid = Grid.regular(B, shape, special=self.count, device=values.device)
+        return Tokens(self._behind_special(values + places), grid, self._behind_special(places))
+
+    def content(self, inputs: Inputs) -> Content:
+        """See `Encoder.content`: the normalised pixels of each patch, [B, N, C * patch * patch], channels first."""
+        if "patches" in inputs:
+            B, N, size = inputs["patches"].shape
+            C, side = self.preprocess.channels, self.patch
+            values = self.normalize(inputs["patches"].reshape(B * N, C, side, side)).reshape(B, N, size)
+        else:
+            values = F.unfold(self.normalize(inputs["pixels"]), self.patch, stride=self.patch).transpose(1, 2)
+        return Content(F.pad(values, (0, 0, self.count, 0)))
 
     def _of_patches(self, inputs: Inputs) -> Tokens:
         """Ragged tokens; the patch embedding is the same convolution, written as a product."""
@@ -155,11 +166,13 @@ class ImageViT(ImageEncoder):
         values = F.linear(patches, self.patches.weight.flatten(1), self.patches.bias)
         shapes = [(rows, columns) for rows, columns in inputs["shape"].tolist()]
         known = list(dict.fromkeys(shapes))
+        places = torch.zeros_like(values)
         if known:
             tables = [F.pad(self._positions(*shape)[0], (0, 0, 0, N - shape[0] * shape[1])) for shape in known]
             chosen = torch.tensor([known.index(shape) for shape in shapes], device=values.device)
-            values = values + torch.stack(tables)[chosen].to(values.dtype)
-        return Tokens(self._behind_special(values), ragged_grid(inputs, shapes, self.count))
+            places = torch.stack(tables)[chosen].to(values.dtype)
+        grid = ragged_grid(inputs, shapes, self.count)
+        return Tokens(self._behind_special(values + places), grid, self._behind_special(places))
 
     def _behind_special(self, values: Tensor) -> Tensor:
         if self.special is None:

@@ -1,0 +1,191 @@
+"""Prediction of hidden tokens: masked autoencoders, JEPA, data2vec and masked language models are settings of it.
+
+A mask says which tokens of a field are visible and which are to be predicted; the encoder reads the visible ones; a
+predictor says something of each hidden one; a target says what that should have been; a loss compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import field as default
+from typing import Annotated, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mmrep.config import Component, ConfigError, Of, component, config
+from mmrep.data.sample import stable_hash
+from mmrep.encoder import unsupported
+from mmrep.losses.tokenwise import LOSSES
+from mmrep.masks.masker import Masker
+from mmrep.model import Model
+from mmrep.objectives.objective import Objective, ObjectiveConfig
+from mmrep.predictors.predictor import Predictor, take
+from mmrep.registry import near
+from mmrep.step import Step, idle
+from mmrep.targets.target import Target, look
+from mmrep.tokens import Content, Mask, Tokens, keep_special
+
+
+@config
+class MaskedConfig(ObjectiveConfig):
+    """field: whose tokens are predicted. view: which of its views.
+
+    input: what the encoder reads: only the ``visible`` tokens (MAE, I-JEPA), or all of them with a learned
+    ``mask-token`` in the hidden places (SimMIM, BEiT, HuBERT). mask, predictor, target: see their registries. loss: by
+    name; None = the target's first. condition: names of the view's parameters that the predictor is told.
+    """
+
+    field: str
+    view: int = 0
+    input: Literal["visible", "mask-token"] = "visible"
+    mask: Annotated[Component, Of("masks")] = default(default_factory=lambda: component("masks", "random"))
+    predictor: Annotated[Component, Of("predictors")] = default(
+        default_factory=lambda: component("predictors", "transformer")
+    )
+    target: Annotated[Component, Of("targets")] = default(default_factory=lambda: component("targets", "content"))
+    loss: str | None = None
+    condition: tuple[str, ...] = ()
+    weight: Annotated[float, Field(ge=0)] = 1.0
+
+
+class Masked(Objective):
+    """The mean over samples of the mean over a sample's hidden tokens of the loss of each.
+
+    A sample without hidden tokens (of one token) counts with a loss of 0.
+    """
+
+    Config = MaskedConfig
+    scope = "sample"
+
+    def __init__(self, config: MaskedConfig, model: Model, fields: dict[str, str]) -> None:
+        super().__init__(config, model, fields)
+        if config.field not in fields:
+            raise ConfigError([
+                f"objectives.masked.field: unknown {config.field!r}{near(config.field, fields)} "
+                f"Fields: {', '.join(fields)}"
+            ])  # fmt: skip
+        tower = model.tower(fields[config.field])
+        self.__dict__["_tower"] = tower  # seen, not owned
+        self.masker: Masker = config.mask.build()
+        try:
+            self._refuse(config, model, fields)
+            self.target: Target = config.target.build(tower)
+            self.predictor: Predictor = config.predictor.build(
+                width=tower.encoder.width, out=self.target.width, axes=look(tower.encoder).axes,
+                condition=len(config.condition),
+            )  # fmt: skip
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise ConfigError([f"objectives.masked ({config.field}): {error}"]) from error
+        self.token = None
+        if config.input == "mask-token":
+            self.token = nn.Parameter(0.02 * torch.randn(tower.encoder.width))
+        problems = list(self._problems(config))
+        if problems:
+            raise ConfigError([f"objectives.masked.{problem}" for problem in problems])
+        self.loss = LOSSES[config.loss or self.target.losses[0]]
+
+    def _refuse(self, config: MaskedConfig, model: Model, fields: dict[str, str]) -> None:
+        tower = model.tower(fields[config.field])
+        if tower.config.frozen:
+            raise ValueError(f"tower {fields[config.field]!r} is frozen: nothing would learn from its hidden tokens")
+        need = "mask_token" if config.input == "mask-token" else "drop_tokens"
+        if need not in tower.encoder.supports:
+            raise ValueError(unsupported(tower.encoder, need))
+
+    def _problems(self, config: MaskedConfig) -> Iterator[str]:
+        allowed = self.target.losses
+        if config.loss is not None and config.loss not in allowed:
+            hint = near(config.loss, allowed)
+            yield f"loss: {config.loss!r} does not fit this target{hint} One of: {', '.join(allowed)}"
+        if self.predictor.needs_hidden and config.input == "visible":
+            yield (
+                f"predictor: {config.predictor.type!r} reads the encoder's output at the hidden places, which input: "
+                "visible does not compute; use input: mask-token, or predictor: {type: transformer}"
+            )
+
+    def taught(self) -> list[nn.Module]:
+        """See `Objective.taught`."""
+        return self.target.taught(self.__dict__["_tower"])
+
+    def embedded(self) -> set[str]:
+        """No embedding is asked for."""
+        return set()
+
+    def raw(self) -> set[str]:
+        """See `Objective.raw`."""
+        return {self.config.field}
+
+    def count(self, step: Step) -> int:
+        """See `Objective.count`: the samples that have the field."""
+        return int(step.present(self.config.field).sum())
+
+    def forward(self, step: Step) -> dict[str, Tensor]:
+        """See `Objective.forward`; parts are those of the target."""
+        config = cast(MaskedConfig, self.config)
+        here = step.present(config.field)
+        n = step.world.sum(here.sum())
+        if not step.has(config.field):
+            nothing = idle(step.tower(config.field).encoder) + idle(self)
+            return {"loss": nothing * step.world.size}
+        tokens = step.tokens(config.field, config.view)
+        seeds = step.batch.seeds[here] + stable_hash(config.field, config.view, "mask", config.name)
+        mask = self.masker(tokens.grid, seeds, step.clock.progress)
+        predicted, target = self.predict(step, tokens, mask)
+        wanted = self.target(step, config.field, config.view)
+        each = self._each(predicted, wanted, target, mask.target.shape[1])
+        loss = each.sum() * (step.world.size / n.clamp_min(1))
+        parts = dict(self.target.parts())
+        if (extra := parts.pop("loss", None)) is not None:
+            loss = loss + extra
+        return {"loss": loss, **parts}
+
+    def predict(self, step: Step, tokens: Tokens, mask: Mask) -> tuple[Tensor, Tensor]:
+        """What is predicted: [B * groups, Nt, width], and of which tokens: int64 [B * groups, Nt]."""
+        config = cast(MaskedConfig, self.config)
+        contexts, groups = mask.visible.shape[1], mask.target.shape[1]
+        visible, target = mask.visible.flatten(0, 1), mask.target.flatten(0, 1)
+        encoder = step.tower(config.field).encoder
+        if config.input == "visible":
+            context = encoder.encode(tokens.repeat(contexts), visible).tokens
+            index = keep_special(visible, tokens.grid.repeat(contexts))
+            if contexts == 1 < groups:
+                context, index = context.repeat(groups), index.repeat_interleave(groups, 0)
+        else:
+            assert self.token is not None
+            context = encoder.encode(tokens.repeat(groups).hide(target, self.token)).tokens
+            index = torch.arange(context.values.shape[1], device=target.device).expand(len(target), -1)
+        return self.predictor(context, index, tokens.repeat(groups), target, self._condition(step, groups)), target
+
+    def _condition(self, step: Step, groups: int) -> Tensor | None:
+        config = cast(MaskedConfig, self.config)
+        if not config.condition:
+            return None
+        params = step.params(config.field, config.view)
+        columns = [params[name].float().reshape(len(params[name]), -1) for name in config.condition]
+        return torch.cat(columns, 1)[:, None].repeat_interleave(groups, 0)
+
+    def _each(self, predicted: Tensor, wanted: Content, target: Tensor, groups: int) -> Tensor:
+        """The mean loss of each sample's hidden tokens, [B]."""
+        valid = target >= 0
+        values = take(wanted.values.repeat_interleave(groups, 0), target)[valid]
+        observed = wanted.observed
+        if observed is not None:
+            observed = take(observed.repeat_interleave(groups, 0), target)[valid]
+        predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
+        if values.is_floating_point():
+            values = values.to(predicted.dtype)
+        losses = self.loss(predicted[valid], values, observed)
+        sample = torch.arange(len(target), device=target.device).div(groups, rounding_mode="floor")
+        sample = sample[:, None].expand_as(target)[valid]
+        B = len(target) // groups
+        sums = predicted.new_zeros(B).index_add(0, sample, losses)
+        counts = predicted.new_zeros(B).index_add(0, sample, torch.ones_like(losses))
+        return sums / counts.clamp_min(1)
+
+    def after_optimizer_step(self) -> None:
+        """See `Objective.after_optimizer_step`."""
+        self.target.after_optimizer_step()

@@ -1,0 +1,1 @@
+"""Targets: what a hidden token is to be predicted as. One file per kind."""

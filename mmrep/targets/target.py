@@ -1,0 +1,78 @@
+"""The contract of a target: for every token of a field, what a predictor is to say of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mmrep.encoder import Encoder
+from mmrep.model import Tower
+from mmrep.tokens import Content, Inputs, Tokens
+
+if TYPE_CHECKING:
+    from mmrep.step import Step
+
+
+class Target(nn.Module):
+    """Content for every token, usually without gradient.
+
+    Built as ``cls(config, tower)``; the tower is that of the field whose tokens are predicted. What a target learns
+    (codebooks, statistics) is in its registered buffers, so that a resumed run is exact.
+
+    Attributes:
+        width: how many figures the predictor gives for each token: P, or the size of the vocabulary.
+        losses: names of the losses in `mmrep.losses.tokenwise` that make sense, the default first.
+    """
+
+    Config: ClassVar[type]
+    width: int
+    losses: tuple[str, ...] = ("mse",)
+
+    def __init__(self, config: Any, tower: Tower) -> None:
+        super().__init__()
+        self.config = config
+
+    def taught(self, tower: Tower) -> list[nn.Module]:
+        """The modules whose teacher this target reads with ``step.teacher.of(module)``. The default needs none."""
+        return []
+
+    def forward(self, step: Step, field: str, view: int = 0) -> Content:
+        """What the tokens of the samples that have the field are: [B, N, ...], as `Content` says."""
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, Tensor]:
+        """What the last `forward` left to look at; ``loss``, if there, is added to the objective's."""
+        return {}
+
+    def after_optimizer_step(self) -> None:
+        """Update codebooks. Called once per optimizer step."""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What an encoder makes of its own examples: how an objective learns sizes before there is data."""
+
+    inputs: Inputs
+    tokens: Tokens
+
+    @property
+    def axes(self) -> int:
+        """Coordinates of a token."""
+        return self.tokens.grid.coords.shape[-1]
+
+
+@torch.no_grad()
+def look(encoder: Encoder) -> Sight:
+    """Tokenize two of the encoder's own examples, in eval mode, on its device."""
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        device = next(encoder.parameters()).device
+        prepared = encoder.collate([encoder.prepare(raw) for raw in encoder.examples(2, 0)])
+        inputs = {name: value.to(device) for name, value in prepared.items()}
+        return Sight(inputs, encoder.tokenize(inputs))
+    finally:
+        encoder.train(was_training)
