@@ -170,6 +170,7 @@ projectors = Registry("mmrep.projectors", "projector")
 losses = Registry("mmrep.losses", "loss")
 tuple_losses = Registry("mmrep.tuple_losses", "tuple loss")
 fusions = Registry("mmrep.fusions", "fusion")
+view_losses = Registry("mmrep.view_losses", "loss of views")
 masks = Registry("mmrep.masks", "mask")
 targets = Registry("mmrep.targets", "target")
 predictors = Registry("mmrep.predictors", "predictor")
@@ -187,6 +188,7 @@ REGISTRIES: dict[str, Registry] = {
         fusions,
         losses,
         tuple_losses,
+        view_losses,
         masks,
         targets,
         predictors,
