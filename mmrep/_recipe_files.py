@@ -63,4 +63,6 @@ def resolve(name: str, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     if parent is None:
         return data
     base = str(path.parent / parent) if is_path and str(parent).startswith(".") else str(parent)
-    return cast("dict[str, Any]", merge(resolve(base, (*seen, name)), data))
+    under = resolve(base, (*seen, name))
+    under.pop("methods", None)  # what extends a method is another one
+    return cast("dict[str, Any]", merge(under, data))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -198,6 +199,20 @@ def list_(
         raise UnknownNameError(f"unknown kind {kind!r}{near(kind, kinds)} One of: {', '.join(kinds)}")
     for name in names:
         typer.echo(name)
+
+
+@app.command()
+def methods(
+    pattern: Annotated[str, typer.Argument(help="Names or ids that match, such as '*jepa*' or S053.")] = "*",
+    todo: Annotated[bool, typer.Option(help="Only those that no recipe claims.")] = False,
+) -> None:
+    """List the published methods: which recipe is which, its equation's source, what was checked, what is not done."""
+    from mmrep.methods import methods as catalogue
+    from mmrep.methods import methods_table
+
+    wanted = pattern.lower()
+    rows = [row for row in catalogue() if any(fnmatchcase(x.lower(), wanted) for x in (row.id, row.name))]
+    typer.echo(methods_table([row for row in rows if not (todo and row.claims)]))
 
 
 @app.command()

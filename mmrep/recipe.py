@@ -19,6 +19,7 @@ from mmrep._recipe_files import recipe_names, recipe_text, resolve
 from mmrep.collapse import CollapseConfig
 from mmrep.config import Component, ConfigError, Of, config, dump, merge, override, parse
 from mmrep.hub.start import saved_config
+from mmrep.methods import MethodClaim
 from mmrep.model import ModelConfig
 from mmrep.registry import near
 from mmrep.teacher import TeacherConfig
@@ -85,7 +86,8 @@ class DataConfig:
 class Recipe:
     """The resolved recipe.
 
-    about: one line on what it is. evaluations: what is measured at the end, by name. monitor: which of them also run
+    about: one line on what it is. methods: which published methods it is, for `mmrep methods`. evaluations: what is
+    measured at the end, by name. monitor: which of them also run
     every ``train.eval_every`` steps; they should read validation data, never the test. average: decay of a moving
     average of the weights, which is then what is evaluated and saved. start: a saved model (folder or hub id) to begin
     from: towers, temperatures and fusions of its names begin with its weights, and what ``model`` does not say of them
@@ -104,6 +106,7 @@ class Recipe:
     collapse: CollapseConfig | None = field(default_factory=CollapseConfig)
     start: str | None = None
     about: str = ""
+    methods: list[MethodClaim] = field(default_factory=list[MethodClaim])
 
     def __post_init__(self) -> None:
         problems: list[str] = []

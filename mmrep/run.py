@@ -196,11 +196,16 @@ class Run:
             if here.rank == 0:
                 self.__dict__["model"] = final
                 self._encoded.clear()
-            results = self.evaluate(model=final, together=True)
+            card = {"data": recipe.about, "recipe": command}
+            try:
+                results = self.evaluate(model=final, together=True)
+            except BaseException:
+                if here.rank == 0:  # what was trained is not lost with what was to be said of it
+                    save_model(final, self.folder, card)
+                raise
             if here.rank == 0:
                 (self.folder / "evaluation.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-                card = {"results": results_markdown(results), "data": recipe.about, "recipe": command}
-                save_model(final, self.folder, card)
+                save_model(final, self.folder, {"results": results_markdown(results), **card})
                 del self.__dict__["model"]  # from now on the saved one
                 if quarantine.summary():
                     logger.warning("%s", quarantine.summary())
@@ -282,6 +287,7 @@ class Run:
             encoded=lambda name: embed(True, name),
             encoded_untrained=lambda name: embed(False, name),
             encoded_train=lambda: embed(True, None),
+            encoded_train_untrained=lambda: embed(False, None),
         )  # fmt: skip
 
     @cached_property
@@ -339,14 +345,20 @@ def open_run(folder: Path | str) -> Run:
     """Open a run folder.
 
     Raises:
-        ConfigError: the folder holds no run.
+        ConfigError: the folder holds no run, or one that has no trained model yet.
     """
     folder = Path(folder)
     if not (folder / "config.yaml").is_file():
         raise ConfigError(
             [f"{str(folder)!r} is no run folder: it has no config.yaml. `mmrep train … --out {folder}` makes one"]
         )
-    return Run(read_recipe(str(folder)), folder)
+    run = Run(read_recipe(str(folder)), folder)  # puts a half replaced model in its place
+    if not (folder / "model" / "config.json").is_file():
+        raise ConfigError([
+            f"the run in {str(folder)!r} has no trained model yet: it is saved at the end. "
+            f"`mmrep train {folder} --out {folder} --resume` goes on to there"
+        ])  # fmt: skip
+    return run
 
 
 @contextmanager

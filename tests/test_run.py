@@ -213,3 +213,32 @@ def test_micro_batches_train_the_same_model(tmp_path):
     assert any(not torch.allclose(states[0][key], value, rtol=1e-3) for key, value in moved.items())
     for key, value in states[0].items():
         torch.testing.assert_close(states[1][key], value, rtol=1e-3, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_an_evaluation_that_fails_does_not_lose_the_model(tmp_path, monkeypatch):
+    folder = make_world(tmp_path)
+    run = Run(read_recipe(str(write_recipe(folder, train={"steps": 2, "batch_size": 16}))), folder / "run")
+    monkeypatch.setattr(Run, "evaluate", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run.train()
+    monkeypatch.undo()
+    assert open_run(folder / "run").evaluate(["retrieval"])
+
+
+def test_a_run_without_a_model_is_not_evaluated_as_if_it_had_one(tmp_path):
+    folder = make_world(tmp_path)
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text(write_recipe(folder).read_text())
+    with pytest.raises(ConfigError, match="(?s)no trained model yet.*--resume"):
+        open_run(folder / "run")
+
+
+def test_probes_stand_beside_the_untrained_model_and_may_use_few_labels(trained):
+    run, _ = trained
+    few = {"type": "linear-probe", "data": "test", "field": "image", "baselines": ["untrained"]}
+    recipe = read_recipe(str(run.folder), [f"evaluations={{few: {few | {'per_class': 2}}, all: {few}}}"])
+    results = Run(recipe, run.folder).evaluate()
+    rows = {(name, row["who"]): row for name, result in results.items() for row in result["rows"]}
+    assert {who for _, who in rows} == {"model", "untrained", "majority class"}
+    assert rows["all", "untrained"] != rows["all", "model"]
+    assert rows["few", "model"] != rows["all", "model"]

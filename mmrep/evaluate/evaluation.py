@@ -25,6 +25,7 @@ class Bench:
         encoded_untrained: the same, embedded by the model as it was before training.
         train: the training source, for baselines and probes.
         encoded_train: the training source, embedded by the model.
+        encoded_train_untrained: the same, embedded by the model as it was before training.
         untrained: the model before training (same seed).
     """
 
@@ -34,6 +35,7 @@ class Bench:
     encoded_untrained: Callable[[str], EncodedSet]
     train: Callable[[], Source]
     encoded_train: Callable[[], EncodedSet]
+    encoded_train_untrained: Callable[[], EncodedSet]
     untrained: Callable[[], Model]
 
 

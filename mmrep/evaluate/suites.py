@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from mmrep.config import config
+from mmrep.data.sample import stable_hash
 from mmrep.evaluate._relevance import Relevance
 from mmrep.evaluate.baselines import lookup, nearest_input
 from mmrep.evaluate.encoded import EncodedSet
@@ -86,8 +89,8 @@ class Retrieval(Evaluation):
             return counted
         seen: set[tuple[str, str]] = set()
         for i, group in enumerate(groups):
-            raw = encoded.raw(i, field)
-            if isinstance(raw, (str, Path)):
+            raw = encoded.samples[i].fields.get(field)
+            if isinstance(raw, (str, Path, list, tuple)):  # a list: of names
                 counted[i] = (group, str(raw)) not in seen
                 seen.add((group, str(raw)))
         return counted
@@ -134,20 +137,29 @@ class KNN(Evaluation):
 
     @config
     class Config:
-        """data: held-out labelled source. field: what is classified. k: neighbours. temperature: of their weights."""
+        """data: held-out labelled source. field: what is classified. k: neighbours. temperature: of their weights.
+
+        baselines: ``untrained``, the model before training. per_class: use only so many training labels of each class,
+        drawn by a hash of the sample's id; None = all.
+        """
 
         data: str
         field: str
+        baselines: tuple[Literal["untrained"], ...] = ()
+        per_class: Annotated[int, Field(ge=1)] | None = None
         k: Annotated[int, Field(ge=1)] = 20
         temperature: Annotated[float, Field(gt=0)] = 0.07
 
     config: Config
 
     def run(self, bench: Bench) -> list[Row]:
-        """Rows for the model and the majority class."""
-        x, y, labels, answers = _split(bench, self.config)
-        figures = knn_metrics(x, labels, y, answers, k=self.config.k, temperature=self.config.temperature)
-        return _beside_majority(figures)
+        """Rows for the model, the baselines and the majority class."""
+        config = self.config
+        return _classified(
+            bench, config, lambda x, labels, y, answers: knn_metrics(
+                x, labels, y, answers, k=min(config.k, len(x)), temperature=config.temperature
+            )
+        )  # fmt: skip
 
 
 class LinearProbe(Evaluation):
@@ -155,17 +167,18 @@ class LinearProbe(Evaluation):
 
     @config
     class Config:
-        """data: held-out labelled source. field: what is classified."""
+        """data: held-out labelled source. field: what is classified. baselines, per_class: as of ``knn``."""
 
         data: str
         field: str
+        baselines: tuple[Literal["untrained"], ...] = ()
+        per_class: Annotated[int, Field(ge=2)] | None = None
 
     config: Config
 
     def run(self, bench: Bench) -> list[Row]:
-        """Rows for the model and the majority class."""
-        x, y, labels, answers = _split(bench, self.config)
-        return _beside_majority(linear_probe(x, labels, y, answers))
+        """Rows for the model, the baselines and the majority class."""
+        return _classified(bench, self.config, linear_probe)
 
 
 def _labels(encoded: EncodedSet) -> tuple[np.ndarray, list[str]]:
@@ -181,24 +194,38 @@ def _labels(encoded: EncodedSet) -> tuple[np.ndarray, list[str]]:
     return np.array([names.index(str(label)) for label in raw]), names
 
 
-def _split(bench: Bench, config: Any) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
-    train, test = bench.encoded_train(), bench.encoded(config.data)
-    sides = [
-        (
-            e.embeddings[config.field][e.present[config.field]],
-            [str(s.label) for s, p in zip(e.samples, e.present[config.field], strict=True) if p],
-        )
-        for e in (train, test)
-    ]
-    return sides[0][0], sides[1][0], sides[0][1], sides[1][1]
+def _classified(bench: Bench, config: Any, measure: Callable[..., dict[str, float]]) -> list[Row]:
+    """Rows of a classifier of embeddings: the model's, the untrained model's if asked for, and the majority class."""
+    rows = [{"who": "model", **measure(*_split(bench.encoded_train(), bench.encoded(config.data), config))}]
+    if "untrained" in config.baselines:
+        sides = bench.encoded_train_untrained(), bench.encoded_untrained(config.data)
+        rows.append({"who": "untrained", **measure(*_split(*sides, config))})
+    majority = [row.pop("majority") for row in rows]
+    return [*rows, {"who": "majority class", "accuracy": majority[0]}]
+
+
+def _split(train: EncodedSet, test: EncodedSet, config: Any) -> tuple[np.ndarray, list[str], np.ndarray, list[str]]:
+    """Training embeddings and labels, test embeddings and labels."""
+    x, labels, ids = _labelled(train, config.field)
+    y, answers, _ = _labelled(test, config.field)
+    if config.per_class is None:
+        return x, labels, y, answers
+    seen: Counter[str] = Counter()
+    kept: list[int] = []
+    for i in sorted(range(len(ids)), key=lambda i: stable_hash("label", ids[i])):
+        seen[labels[i]] += 1
+        if seen[labels[i]] <= config.per_class:
+            kept.append(i)
+    return x[sorted(kept)], [labels[i] for i in sorted(kept)], y, answers
+
+
+def _labelled(encoded: EncodedSet, field: str) -> tuple[np.ndarray, list[str], list[str]]:
+    here = encoded.present[field]
+    samples = [s for s, present in zip(encoded.samples, here, strict=True) if present]
+    return encoded.embeddings[field][here], [str(s.label) for s in samples], [s.id for s in samples]
 
 
 def _beside_chance(figures: dict[str, float]) -> list[Row]:
     chance = {k.removeprefix("chance_"): v for k, v in figures.items() if k.startswith("chance_")}
     own = {k: v for k, v in figures.items() if not k.startswith("chance_")}
     return [{"who": "model", **own}, {"who": "chance", **chance}]
-
-
-def _beside_majority(figures: dict[str, float]) -> list[Row]:
-    own = {k: v for k, v in figures.items() if k != "majority"}
-    return [{"who": "model", **own}, {"who": "majority class", "accuracy": figures["majority"]}]

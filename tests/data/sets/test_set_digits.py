@@ -1,0 +1,29 @@
+"""The digits of scikit-learn as a source."""
+
+from __future__ import annotations
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+from mmrep.config import component
+
+
+def build(split, **options):
+    return component("sources", "digits", split=split, **options).build()
+
+
+def test_pictures_and_labels_are_those_of_scikit_learn():
+    everything, found = load_digits(), build("all")
+    assert len(found) == 1797
+    sample = found[17]
+    assert sample.label == int(everything.target[17])
+    picture = sample.fields["image"]
+    assert picture.dtype == np.uint8
+    np.testing.assert_allclose(picture / 255 * 16, everything.images[17], atol=0.04)
+
+
+def test_parts_are_disjoint_and_together_all():
+    parts = {split: {build(split)[i].id for i in range(len(build(split)))} for split in ("train", "validation", "test")}
+    assert sum(map(len, parts.values())) == len(set().union(*parts.values())) == 1797
+    assert abs(len(parts["test"]) / 1797 - 0.2) < 0.04
+    assert {build("test")[i].label for i in range(100)} == set(range(10))
