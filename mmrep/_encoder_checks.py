@@ -6,7 +6,8 @@ from __future__ import annotations
 import copy
 import fnmatch
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from mmrep.config import dump, parse
 from mmrep.encoder import CAPABILITIES, BadSampleError, Encoder
-from mmrep.tokens import Encoding, Inputs, Tokens
+from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens, index_set
 
 
 class Subject:
@@ -312,6 +313,157 @@ def layers(s: Subject) -> None:
         _refuses(lambda number=wrong: s.encoder.encode(tokens, layers=[number]), str(depth))
 
 
+@torch.no_grad()
+def content(s: Subject) -> None:
+    """The content is aligned with the tokens, and a sample's own whatever its batch; or a clear refusal."""
+    inputs = s.inputs()
+    if "content" not in s.encoder.supports:
+        _refuses(lambda: s.encoder.content(inputs), "content")
+        return
+    grid, found = s.tokens().grid, s.encoder.content(inputs)
+    plain = grid.valid & ~grid.special
+    _expect_content(found, grid)
+    values, seen = _observed(found, plain)
+    assert bool(values[seen].isfinite().all()), "content is not finite"
+    assert bool((values[seen] != values[seen][:1]).any()), "content is the same everywhere"
+    if found.vocabulary is not None:
+        outside = (values[seen] < 0) | (values[seen] >= found.vocabulary)
+        assert not bool(outside.any()), f"{int(outside.sum())} codes are outside of 0..{found.vocabulary - 1}"
+    for i, item in enumerate(s.items()):
+        one = s.encoder.collate([item])
+        alone, where = s.encoder.content(one), s.encoder.tokenize(one).grid
+        here, seen_here = _observed(alone, where.valid & ~where.special)
+        there, seen_there = _observed(replace(found, values=found.values[i : i + 1], observed=_row(found, i)),
+                                      plain[i : i + 1])  # fmt: skip
+        what = f"content of example {i} in a batch of {s.n} against alone"
+        assert here.shape == there.shape, f"{what}: shapes {tuple(there.shape)} and {tuple(here.shape)}"
+        assert torch.equal(seen_here, seen_there), f"{what}: other figures are observed"
+        s.close(there[seen_there].float(), here[seen_here].float(), what)
+    empty = s.encoder.content({key: value[:0] for key, value in inputs.items()}).values
+    assert len(empty) == 0 and empty.ndim == found.values.ndim, f"content of no samples: {tuple(empty.shape)}"
+
+
+def _expect_content(found: Content, grid: Grid) -> None:
+    values, (B, N) = found.values, grid.valid.shape
+    if found.vocabulary is not None:
+        assert values.dtype == torch.int64 and values.shape == (B, N), (
+            f"codes are {values.dtype} {tuple(values.shape)}, expected int64 ({B}, {N}) as the tokens"
+        )
+    else:
+        assert values.is_floating_point() and values.ndim == 3 and values.shape[:2] == (B, N), (
+            f"content is {values.dtype} {tuple(values.shape)}, expected float ({B}, {N}, P) as the tokens"
+        )
+        points = found.points or 1
+        assert values.shape[2] and values.shape[2] % points == 0, f"{values.shape[2]} figures, {points} a point"
+    seen = found.observed
+    assert seen is None or (seen.dtype == torch.bool and seen.shape == values.shape), "observed is not bool, as values"
+
+
+def _observed(found: Content, plain: Tensor) -> tuple[Tensor, Tensor]:
+    """The content at ``plain`` bool [B, N], and which figures of it were observed."""
+    values = found.values[plain]
+    return values, torch.ones_like(values, dtype=torch.bool) if found.observed is None else found.observed[plain]
+
+
+def _row(found: Content, i: int) -> Tensor | None:
+    return None if found.observed is None else found.observed[i : i + 1]
+
+
+def mask_token(s: Subject) -> None:
+    """A hidden token is its place alone: its content leaves no trace, others keep theirs, the mask token learns."""
+    tokens = s.tokens()
+    g = tokens.grid
+    plain = g.valid & ~g.special
+    token = torch.randn(s.encoder.width, generator=torch.Generator().manual_seed(s.seed))
+    if "mask_token" not in s.encoder.supports:
+        _refuses(lambda: tokens.hide(index_set(plain), token), "mask_token")
+        return
+    assert tokens.positions is not None, "'mask_token' is in supports, and tokenize gives no positions"
+    assert tokens.values.shape[2] == s.encoder.width, (
+        f"tokens are {tokens.values.shape[2]} wide, but a mask token is as wide as the output, {s.encoder.width}"
+    )
+    assert bool(tokens.positions[g.valid].isfinite().all()), "positions are not finite"
+    with torch.no_grad():
+        before, nothing = s.encoder.encode(tokens), torch.full((s.n, 1), -1)
+        _same_encoding(s, s.encoder.encode(tokens.hide(nothing, token)), before, "hiding no token")
+        hidden = s.encoder.encode(tokens.hide(index_set(plain), token))
+        changed = (hidden.tokens.values - before.tokens.values)[plain].abs().max().item()
+        assert changed > s.tolerance, "hiding every token changes nothing"
+        if g.edges is None:  # of a graph, nodes may have nothing of their own but their edges
+            _expect_places(s, tokens, token)
+        others = list(_other_contents(s, tokens))
+        assert others, "no other content for the same geometry was found: the check cannot see what is hidden"
+        for name, other in others:
+            blind = s.encoder.encode(other.hide(index_set(plain), token))
+            _same_encoding(s, blind, hidden, f"hidden tokens, when {name} says something else")
+    learned = token.clone().requires_grad_()
+    out = s.encoder.encode(tokens.hide(index_set(plain), learned)).tokens
+    _weighted_sum(out.values[g.valid], torch.Generator().manual_seed(s.seed)).backward()
+    gradient = learned.grad
+    assert gradient is not None and bool((gradient != 0).any()), "no gradient reaches the mask token"
+    assert bool(gradient.isfinite().all()), "the gradient of the mask token is not finite"
+
+
+def _same_encoding(s: Subject, a: Encoding, b: Encoding, what: str) -> None:
+    valid = b.tokens.grid.valid
+    s.close(a.tokens.values[valid], b.tokens.values[valid], what)
+    if a.pooled is not None and b.pooled is not None:
+        s.close(a.pooled, b.pooled, f"{what}: pooled")
+
+
+def _expect_places(s: Subject, tokens: Tokens, token: Tensor) -> None:
+    """Assert that every other token, hidden, can be told apart in some sample (channels of one moment may not)."""
+    plain = tokens.grid.valid & ~tokens.grid.special
+    every_other = plain & (plain.cumsum(1) % 2 == 0)
+    values = s.encoder.encode(tokens.hide(index_set(every_other), token)).tokens.values
+    rows = [row[marks] for row, marks in zip(values, every_other, strict=True)]
+    apart = [(row - row[:1]).abs().max().item() for row in rows if len(row) > 1]
+    assert not apart or max(apart) > 1e-6, "hidden tokens are all the same: their places are lost"
+
+
+def _other_contents(s: Subject, tokens: Tokens) -> Iterator[tuple[str, Tokens]]:
+    """Tokens of the examples with something else in them, but the same geometry and the same special tokens.
+
+    Which input holds the content is found by trying: all of it, or the figures of single places, are changed, or given
+    to other tokens; a change counts if the values of tokens follow and nothing of their grid does.
+    """
+    inputs, g = s.inputs(), tokens.grid
+    plain = g.valid & ~g.special
+    for key, value in inputs.items():
+        for changed in _changes(value, plain, s.seed):
+            other = s.encoder.tokenize({**inputs, key: changed})
+            moved = (other.values != tokens.values).any(-1) if other.values.shape == tokens.values.shape else g.special
+            if _same_grid(other.grid, g) and bool(moved[plain].any()) and not bool(moved[g.special].any()):
+                yield key, other
+                break
+
+
+def _changes(value: Tensor, plain: Tensor, seed: int) -> Iterator[Tensor]:
+    if value.dtype == torch.bool:
+        return
+    if value.dtype == torch.uint8:
+        yield 255 - value
+    elif value.is_floating_point():
+        yield -0.5 * value
+        if value.ndim > 2:  # a place that the geometry does not hang on: a point that is no centre of others
+            generator = torch.Generator().manual_seed(seed)
+            for place in torch.randperm(value.shape[1], generator=generator)[:32].tolist():
+                nudged = value.clone()
+                nudged[:, place] += 1e-2
+                yield nudged
+    if value.ndim > 1 and (front := plain.shape[1] - value.shape[1]) >= 0 and not bool(plain[:, :front].any()):
+        turned = value.clone()  # what belongs to a token goes to the next of its sample
+        for row, marks in zip(turned, plain[:, front:], strict=True):
+            row[marks] = row[marks].roll(1, 0)
+        yield turned
+
+
+def _same_grid(a: Grid, b: Grid) -> bool:
+    pairs = ((getattr(a, part.name), getattr(b, part.name)) for part in fields(b))
+    return all(torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or x == y
+               for x, y in pairs)  # fmt: skip
+
+
 def config_round_trip(s: Subject) -> None:
     """The config survives being written as plain data."""
     config = s.encoder.config
@@ -377,6 +529,8 @@ ENCODER_CHECKS: dict[str, Callable[[Subject], None]] = {
         autocast,
         keep,
         layers,
+        content,
+        mask_token,
         config_round_trip,
         weights_round_trip,
     )

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from mmrep.config import component, config
 from mmrep.encoder import BadSampleError, Encoder
 from mmrep.testing import ENCODER_CHECKS, LOSS_CHECKS, check_encoder, check_loss
-from mmrep.tokens import Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
 
 
 class Numbers(Encoder):
-    """A toy encoder of lists of numbers, right in every way: padding, one special token, dropping, two layers."""
+    """A toy encoder of lists of numbers, right in every way: padding, a special token, dropping, hiding, two layers."""
 
     @config
     class Config:
@@ -25,7 +25,7 @@ class Numbers(Encoder):
         offset: float = 0.0
 
     modality = "numbers"
-    supports = frozenset({"tokens", "drop_tokens", "layers"})
+    supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
     depth = 2
     pooled_width = 3
 
@@ -61,11 +61,15 @@ class Numbers(Encoder):
 
     def tokenize(self, inputs):
         x, n = inputs["x"], inputs["n"]
-        values = self.embed(x[..., None] + self.config.offset) + self.place[:, : x.shape[1]]
-        values = torch.cat([self.special.expand(len(x), -1, -1), values], 1)
+        positions = self.place[:, : x.shape[1]].expand(len(x), -1, -1)
+        parts = self.embed(x[..., None] + self.config.offset) + positions, positions
+        values, positions = (torch.cat([self.special.expand(len(x), -1, -1), part], 1) for part in parts)
         places = torch.arange(values.shape[1])
         valid = places <= n[:, None]
-        return Tokens(values, Grid.sequence(valid, (places == 0).expand(len(x), -1)))
+        return Tokens(values, Grid.sequence(valid, (places == 0).expand(len(x), -1)), positions)
+
+    def content(self, inputs):
+        return Content(nn.functional.pad(inputs["x"][..., None], (0, 0, 1, 0)))
 
     def encode(self, tokens, keep=None, layers=()):
         self.check_request(keep, layers)
@@ -83,6 +87,10 @@ class Numbers(Encoder):
 def test_the_right_encoder_passes():
     check_encoder(Numbers)
     check_encoder(Numbers(Numbers.Config(width=4)))
+
+
+def test_an_encoder_of_codes_passes():
+    check_encoder(of(content=coded), only=["content"])
 
 
 def tokenized(change):
@@ -148,6 +156,46 @@ class NeedsMore(Numbers):
     def tokenize(self, inputs):
         tokens = super().tokenize(inputs)
         return Tokens(tokens.values + self.secret, tokens.grid)
+
+
+class Remembered(Numbers):
+    """What was tokenized last comes back in `encode`, hidden or not."""
+
+    def tokenize(self, inputs):
+        self.last = inputs["x"].sum(1)[:, None, None]
+        return super().tokenize(inputs)
+
+    def encode(self, tokens, keep=None, layers=()):
+        out = super().encode(tokens, keep, layers)
+        return out.with_values(out.tokens.values + self.last)
+
+
+class Shifting(Tokens):
+    """Hiding moves what is not hidden, too."""
+
+    def hide(self, index, token):
+        hidden = super().hide(index, token)
+        return Tokens(hidden.values + 0.1, hidden.grid, hidden.positions)
+
+
+class Open(Tokens):
+    """Hiding hides nothing."""
+
+    def hide(self, index, token):
+        return self
+
+
+def placed(change):
+    return tokenized(lambda self, t: Tokens(t.values, t.grid, change(t)))
+
+
+def filled(change):
+    return of(content=lambda self, inputs: change(Numbers.content(self, inputs)))
+
+
+def coded(self, inputs: Inputs) -> Content:
+    codes = nn.functional.pad(inputs["x"] > 0, (1, 0)).long()
+    return Content(codes, vocabulary=2)
 
 
 def attended_padding(self, inputs: Inputs) -> Tokens:
@@ -269,6 +317,28 @@ BROKEN = [
         "layers",
         of(check_request=lambda self, keep, layers: None, supports=frozenset({"tokens", "drop_tokens"}), depth=0),
     ),
+    ("content", filled(lambda c: Content(c.values[:, 1:]))),
+    ("content", filled(lambda c: Content(c.values[..., 0]))),
+    ("content", filled(lambda c: Content(c.values - c.values.mean()))),
+    ("content", filled(lambda c: Content(c.values * 0))),
+    ("content", filled(lambda c: Content(c.values / 0))),
+    ("content", filled(lambda c: Content(c.values, points=2))),
+    ("content", filled(lambda c: Content(c.values, observed=c.values[..., 0] > 0))),
+    ("content", filled(lambda c: Content(c.values, observed=c.values > c.values[:1]))),
+    ("content", filled(lambda c: Content(c.values[..., 0].long() + 1, vocabulary=1))),
+    ("content", filled(lambda c: Content(c.values[..., 0], vocabulary=2))),
+    ("content", filled(lambda c: Content(c.values if len(c.values) else c.values[..., 0]))),
+    ("content", of(supports=Numbers.supports - {"content"})),
+    ("mask_token", placed(lambda t: t.values)),
+    ("mask_token", placed(lambda t: t.positions + 0.1 * (t.values - t.positions))),
+    ("mask_token", placed(lambda t: torch.zeros_like(t.values))),
+    ("mask_token", placed(lambda t: t.positions / 0)),
+    ("mask_token", placed(lambda t: None)),
+    ("mask_token", of(supports=Numbers.supports - {"mask_token"})),
+    ("mask_token", Remembered),
+    ("mask_token", tokenized(lambda self, t: Shifting(t.values, t.grid, t.positions))),
+    ("mask_token", tokenized(lambda self, t: Open(t.values, t.grid, t.positions))),
+    ("mask_token", encoded(lambda self, out, keep: Encoding(Tokens(out.tokens.values.detach(), out.tokens.grid)))),
     ("config_round_trip", Picky),
     ("weights_round_trip", NeedsMore),
 ]

@@ -22,7 +22,7 @@ from mmrep.modalities.audio._base import AudioEncoder
 from mmrep.modalities.audio._mel import LogMel, Mel, masked_frames
 from mmrep.modalities.audio._positions import sincos
 from mmrep.modalities.audio._statistics import learn, read_statistics, write_statistics
-from mmrep.tokens import Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
 
 Side = Annotated[int, Field(ge=1)]
 
@@ -75,7 +75,7 @@ class AudioSpectrogram(AudioEncoder):
                     f"frequency={self.frequency!r} needs a width that is a multiple of {parts}, got {self.width}"
                 )
 
-    supports = frozenset({"tokens", "drop_tokens", "layers"})
+    supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
 
     def __init__(self, config: Config, files: Path | None = None) -> None:
         super().__init__(config, files, preprocess=config)
@@ -136,12 +136,36 @@ class AudioSpectrogram(AudioEncoder):
         values = self.patches(mel.to(self.patches.weight.dtype))
         B, _, T, M = values.shape
         values = values.permute(0, 2, 3, 1).reshape(B, T * M, self.width)
-        values = values + self._positions(T).to(values.dtype)
+        places = self._positions(T).to(values.dtype).expand(B, -1, -1)
+        values = values + places
         valid = torch.arange(T, device=values.device) * long < counts[:, None]
         grid = self._grid(valid.repeat_interleave(M, dim=1), T)
-        if self.special is not None:
-            values = torch.cat([self.special.to(values.dtype).expand(B, -1, -1), values], dim=1)
-        return Tokens(values, grid)
+        return Tokens(self._behind_special(values), grid, self._behind_special(places))
+
+    def content(self, inputs: Inputs) -> Content:
+        """See `Encoder.content`: the standardised log-mel values of each patch, [B, N, C * frames * bands of a patch].
+
+        A value of a patch is observed where its frame is one of the clip's; one that a view blotted out is zero.
+        """
+        mel, counts = self.spectrogram(inputs)
+        mel = nn.functional.pad(mel, (0, 0, 0, -mel.shape[2] % self.patch[0]))
+        real = torch.arange(mel.shape[2], device=mel.device) < counts[:, None]
+        observed = real[:, None, :, None].expand_as(mel)
+        return Content(self._behind_special(self._cut(mel), 0.0), self._behind_special(self._cut(observed), False))
+
+    def _cut(self, mel: Tensor) -> Tensor:
+        """[B, C, F, mels] to patches [B, times * bands, C * frames * bands of a patch], in the order of the tokens."""
+        long, high = self.patch
+        cut = mel.unfold(2, long, long).unfold(3, high, high)
+        return cut.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+
+    def _behind_special(self, values: Tensor, fill: float | None = None) -> Tensor:
+        """Values of patches [B, N, K] behind the class token, or behind ``fill`` in its place."""
+        if self.special is None:
+            return values
+        if fill is not None:
+            return nn.functional.pad(values, (0, 0, 1, 0), value=fill)
+        return torch.cat([self.special.to(values.dtype).expand(len(values), -1, -1), values], dim=1)
 
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Tokens to an encoding: [B, N', D], normed; the layers are block outputs, not normed."""

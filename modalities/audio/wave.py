@@ -20,7 +20,7 @@ from mmrep.config import config
 from mmrep.modalities.audio._base import AudioEncoder, Preprocess
 from mmrep.modalities.audio._mel import refuse_masks
 from mmrep.modalities.audio._positions import sincos
-from mmrep.tokens import Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
 
 Size = Annotated[int, Field(ge=1)]
 
@@ -68,7 +68,7 @@ class AudioWave(AudioEncoder):
             if self.width % 2:
                 raise ValueError(f"width={self.width} must be even, for the sines and cosines of the positions")
 
-    supports = frozenset({"tokens", "drop_tokens", "layers"})
+    supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
 
     def __init__(self, config: Config, files: Path | None = None) -> None:
         super().__init__(config, files, preprocess=config)
@@ -109,17 +109,43 @@ class AudioWave(AudioEncoder):
         values = self.projection(self.convolutions(wave).mT)
         B, N, _ = values.shape
         at = torch.arange(N, device=values.device)
-        values = self.dropout(values + sincos(at, self.width).to(values.dtype))
+        places = sincos(at, self.width).to(values.dtype).expand(B, -1, -1)
+        values = self.dropout(values + places)
         valid = at < self.frames(inputs["lengths"])[:, None]
         coords = ((at * self.stride + (self.field - 1) / 2) / self.config.sampling_rate)[:, None]
         special = torch.zeros_like(at, dtype=torch.bool)
         shape = (N,) if bool(valid.all()) else None
         if self.special is not None:
-            values = torch.cat([self.special.to(values.dtype).expand(B, -1, -1), values], dim=1)
+            front = self.special.to(values.dtype).expand(B, -1, -1)
+            values, places = (torch.cat([front, t], dim=1) for t in (values, places))
             valid = torch.cat([valid.new_ones(B, 1), valid], dim=1)
             coords, special = (nn.functional.pad(t, (0,) * (2 * t.ndim - 2) + (1, 0)) for t in (coords, special))
             special[0] = True
-        return Tokens(values, Grid(coords.expand(B, -1, -1), valid, special.expand(B, -1), shape))
+        return Tokens(values, Grid(coords.expand(B, -1, -1), valid, special.expand(B, -1), shape), places)
+
+    def content(self, inputs: Inputs) -> Content:
+        """See `Encoder.content`: the samples that are a frame's alone, [B, N, C * stride].
+
+        Frames overlap; of each it is the ``stride`` samples in its middle, so that one frame's follow another's. A
+        sample beyond the end of the clip is not observed.
+        """
+        wave, lengths = inputs["wave"].to(self.projection.weight.dtype), inputs["lengths"]
+        wave = nn.functional.pad(wave, (0, max(0, self.field - wave.shape[2])))
+        first = max(0, self.field - self.stride) // 2
+        at = torch.arange(wave.shape[2], device=wave.device)
+        parts = [wave, (at < lengths[:, None])[:, None].expand_as(wave)]
+        N = int(self.frames(lengths.new_tensor([wave.shape[2]])))
+        short = max(0, first + N * self.stride - wave.shape[2])
+        front = 0 if self.special is None else 1
+        values, observed = (
+            nn.functional.pad(
+                nn.functional.pad(part, (0, short))[:, :, first:].unfold(2, self.stride, self.stride)[:, :, :N]
+                .transpose(1, 2).flatten(2),
+                (0, 0, front, 0),
+            )
+            for part in parts
+        )  # fmt: skip
+        return Content(values, observed)
 
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Tokens to an encoding: [B, N', D], normed; the layers are block outputs, not normed."""

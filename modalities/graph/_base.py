@@ -18,7 +18,7 @@ from mmrep.modalities.graph._grid import GraphGrid
 from mmrep.modalities.graph.molecules import draw, is_molecule
 from mmrep.modalities.graph.read import Reading, read
 from mmrep.modalities.graph.record import Graph
-from mmrep.tokens import Inputs, Tokens
+from mmrep.tokens import Content, Inputs, Tokens
 from mmrep.views import View
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ class GraphEncoder(Encoder):
     def embed(self, width: int, edge_width: int | None) -> None:
         """Make the embeddings of nodes and, unless ``edge_width`` is None or edges are all alike, of edges."""
         self.node_embedding = NodeEmbedding(self.reading, width)
+        if not (self.reading.node_sizes or self.reading.node_features):  # a node is nothing but its place
+            self.supports = self.supports - {"content", "mask_token"}
         reads = edge_width is not None and reads_edges(self.reading)
         self.edge_embedding = EdgeEmbedding(self.reading, edge_width) if reads and edge_width else None
 
@@ -106,8 +108,20 @@ class GraphEncoder(Encoder):
             parts.append(item["features"].sum(0))
         return torch.cat([part.float() for part in parts])
 
-    def tokens(self, inputs: Inputs, values: Tensor, distances: Tensor | None = None) -> Tokens:
-        """Node values [B, N, D] with their grid."""
+    def content(self, inputs: Inputs) -> Content:
+        """See `Encoder.content`: the first category of each node (of molecules the element), or else its features.
+
+        A category that is unknown or masked is not observed. A node without attributes has no content.
+        """
+        if "content" not in self.supports:
+            return super().content(inputs)
+        if not self.reading.node_sizes:
+            return Content(inputs["features"])
+        codes = inputs["categories"][..., 0]
+        return Content(codes.clamp_min(0), codes >= 0, vocabulary=self.reading.node_sizes[0])
+
+    def tokens(self, inputs: Inputs, values: Tensor, places: Tensor, distances: Tensor | None = None) -> Tokens:
+        """Node values [B, N, D] and the part of them that is the node's place [B, N, D], with their grid."""
         B, N = inputs["valid"].shape
         edges = inputs["edges"]
         rows = torch.arange(B, device=edges.device)[:, None]
@@ -124,7 +138,7 @@ class GraphEncoder(Encoder):
             edge_weights=None if weights is None else weights[there],
             distances=distances,
         )
-        return Tokens(values, grid)
+        return Tokens(values, grid, places if "mask_token" in self.supports else None)
 
     def preview(self, raw: Any) -> Image | str:
         """The drawing of a molecule if rdkit is there, or a line such as ``graph of 12 nodes, 24 edges``.

@@ -63,20 +63,21 @@ class NodeEmbedding(nn.Module):
         self.constant = None if terms else nn.Parameter(torch.randn(width))
         self.max_degree = how.max_degree
 
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Collated inputs to [B, N, D]."""
+    def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """Collated inputs to what a node starts from, and what of it is its place, the degree alone: [B, N, D] each."""
         values = 0
         if self.features is not None:
             values = values + self.features(inputs["features"].to(self.features.weight.dtype))
         if self.categories is not None:
             values = values + self.categories(inputs["categories"])
-        if self.degree is not None:
-            counts = degrees(inputs["edges"], inputs["valid"].shape[1])[..., : len(self.degree.starts)]
-            values = values + self.degree(counts.clamp_max(self.max_degree))
         if self.constant is not None:
             values = self.constant.expand(*inputs["valid"].shape, -1)
-        assert isinstance(values, Tensor)
-        return values
+        if self.degree is None:
+            assert isinstance(values, Tensor)
+            return values, torch.zeros_like(values)
+        counts = degrees(inputs["edges"], inputs["valid"].shape[1])[..., : len(self.degree.starts)]
+        places = self.degree(counts.clamp_max(self.max_degree))
+        return values + places, places
 
 
 class EdgeEmbedding(nn.Module):

@@ -24,6 +24,19 @@ class GraphGrid(Grid):
     edge_weights: Tensor | None = None
     distances: Tensor | None = None
 
+    def repeat(self, times: int) -> GraphGrid:
+        """See `Grid.repeat`: the edges of all samples, once for each time."""
+        grid = super().repeat(times)
+        return GraphGrid(
+            coords=grid.coords,
+            valid=grid.valid,
+            special=grid.special,
+            edges=grid.edges,
+            edge_values=None if self.edge_values is None else self.edge_values.repeat(times, 1),
+            edge_weights=None if self.edge_weights is None else self.edge_weights.repeat(times),
+            distances=None if self.distances is None else self.distances.repeat_interleave(times, 0),
+        )
+
     def select(self, index: Tensor) -> GraphGrid:
         """The grid of the tokens at ``index`` int64 [B, K], see `Grid.select`."""
         cut = super().select(index)

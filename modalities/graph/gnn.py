@@ -72,7 +72,7 @@ class GraphGNN(GraphEncoder):
                 )
             check_safetensors(self.checkpoint)
 
-    supports = frozenset({"tokens", "drop_tokens", "layers"})
+    supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
 
     def __init__(self, config: Config, files: Path | None = None) -> None:
         super().__init__(config, files, reading=config)
@@ -96,7 +96,7 @@ class GraphGNN(GraphEncoder):
 
     def tokenize(self, inputs: Inputs) -> Tokens:
         """Embedded nodes [B, N, D], with their edges in the grid."""
-        return self.tokens(inputs, self.node_embedding(inputs))
+        return self.tokens(inputs, *self.node_embedding(inputs))
 
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Pass messages along the edges between kept nodes; [B, N', D], normed."""

@@ -9,6 +9,7 @@ Graphormer (arXiv:2106.05234). In a recipe::
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -28,7 +29,7 @@ from mmrep.modalities.graph._structure import (
     shortest_paths,
 )
 from mmrep.modalities.graph.read import Reading
-from mmrep.tokens import Encoding, Inputs, Tokens
+from mmrep.tokens import Content, Encoding, Inputs, Tokens
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -70,7 +71,7 @@ class GraphTransformer(GraphEncoder):
             if self.width % self.heads:
                 raise ValueError(f"heads={self.heads} does not divide width={self.width}")
 
-    supports = frozenset({"tokens", "drop_tokens", "layers"})
+    supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
 
     def __init__(self, config: Config, files: Path | None = None) -> None:
         super().__init__(config, files, reading=config)
@@ -98,7 +99,7 @@ class GraphTransformer(GraphEncoder):
 
     def tokenize(self, inputs: Inputs) -> Tokens:
         """Embedded nodes with their structural encodings, [B, N, D]; one token more in front with a class token."""
-        values = self.node_embedding(inputs)
+        values, places = self.node_embedding(inputs)
         links, distances = None, None
         if self.walks is not None or self.spectrum is not None or self.distance is not None:
             with torch.no_grad(), torch.autocast(values.device.type, enabled=False):
@@ -107,10 +108,12 @@ class GraphTransformer(GraphEncoder):
                 spectrum = laplacian(links, inputs["valid"], self.config.laplacian) if self.spectrum else None
                 distances = shortest_paths(links, self.config.distance) if self.distance is not None else None
             if self.walks is not None and walks is not None:
-                values = values + self.walks(walks.to(self.walks.weight.dtype))
+                walked = self.walks(walks.to(self.walks.weight.dtype))
+                values, places = values + walked, places + walked
             if self.spectrum is not None and spectrum is not None:
-                values = values + self.spectrum(*spectrum)
-        tokens = self.tokens(inputs, self.dropout(values), distances)
+                waves = self.spectrum(*spectrum)
+                values, places = values + waves, places + waves
+        tokens = self.tokens(inputs, self.dropout(values), places, distances)
         return tokens if self.special is None else self._with_class(tokens)
 
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
@@ -153,7 +156,20 @@ class GraphTransformer(GraphEncoder):
             edge_weights=grid.edge_weights,
             distances=distances,
         )
-        return Tokens(torch.cat([self.special.to(tokens.values.dtype).expand(B, 1, D), tokens.values], 1), moved)
+        front, places = self.special.to(tokens.values.dtype).expand(B, 1, D), tokens.positions
+        places = None if places is None else torch.cat([front, places], 1)
+        return Tokens(torch.cat([front, tokens.values], 1), moved, places)
+
+    def content(self, inputs: Inputs) -> Content:
+        """See `GraphEncoder.content`; the class token stands in front."""
+        content, front = super().content(inputs), int(self.special is not None)
+        shift = (front, 0) if content.values.ndim == 2 else (0, 0, front, 0)
+        seen = content.observed
+        return replace(
+            content,
+            values=nn.functional.pad(content.values, shift),
+            observed=None if seen is None else nn.functional.pad(seen, shift),
+        )
 
     def _bias(self, tokens: Tokens) -> Tensor | None:
         """What is added to the logits of attention: float [B, heads, N, N], -inf where a key is padding."""

@@ -19,7 +19,7 @@ from mmrep.blocks import Transformer
 from mmrep.config import config
 from mmrep.modalities.point_cloud._base import PointEncoder, Preprocess
 from mmrep.modalities.point_cloud.grouping import farthest_points, gather, nearest
-from mmrep.tokens import Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
 
 
 class PointPatch(PointEncoder):
@@ -60,7 +60,7 @@ class PointPatch(PointEncoder):
             if self.width % self.heads:
                 raise ValueError(f"heads={self.heads} does not divide width={self.width}")
 
-    supports = frozenset({"tokens", "drop_tokens", "layers"})
+    supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
 
     def __init__(self, config: Config, files: Path | None = None) -> None:
         super().__init__(config, files, preprocess=config)
@@ -83,23 +83,48 @@ class PointPatch(PointEncoder):
 
     def tokenize(self, inputs: Inputs) -> Tokens:
         """``points`` float [B, N, 3], ``valid`` bool [B, N] and the features to tokens [B, 1 + groups, D]."""
-        points, valid = inputs["points"].float(), inputs["valid"]
-        chosen = farthest_points(points, valid, self.config.groups)
-        centres = gather(points, chosen)
-        members = nearest(centres, points, valid, self.config.neighbors)
-        around = gather(points, members) - centres[:, :, None]
+        chosen, centres, members, around = self._groups(inputs)
         dtype = self.norm.weight.dtype
         patches = torch.cat([around, gather(self.point_features(inputs), members)], dim=3).to(dtype)
-        values = self.patches(patches, members >= 0) + self.positions(centres.to(dtype))
+        places = self.positions(centres.to(dtype))
+        values = self.patches(patches, members >= 0) + places
         present = chosen >= 0
         marks = torch.zeros_like(present)
         if self.special is not None:
             B = len(values)
-            values = torch.cat([self.special.to(values.dtype).expand(B, -1, -1), values], dim=1)
+            front = self.special.to(values.dtype).expand(B, -1, -1)
+            values, places = (torch.cat([front, part], dim=1) for part in (values, places))
             centres = torch.cat([centres.new_zeros(B, 1, 3), centres], dim=1)
             present = torch.cat([present.new_ones(B, 1), present], dim=1)
             marks = torch.cat([marks.new_ones(B, 1), marks], dim=1)
-        return Tokens(values, Grid(centres, present, marks))
+        return Tokens(values, Grid(centres, present, marks), places)
+
+    def content(self, inputs: Inputs) -> Content:
+        """See `Encoder.content`: the points of each group relative to its centre, [B, N, 3 * neighbors].
+
+        The centre is not hidden: it is the token's position (Point-MAE, section 3.2). A place that a group of fewer
+        points leaves empty is not observed.
+        """
+        _, _, members, around = self._groups(inputs)
+        short = self.config.neighbors - members.shape[2]  # of a batch of small clouds
+        front = 0 if self.special is None else 1
+        there = (members >= 0)[..., None].expand_as(around)
+        values, observed = (
+            nn.functional.pad(part.flatten(2), (0, 3 * short, front, 0))
+            for part in (around.masked_fill(~there, 0.0), there)
+        )
+        return Content(values, observed, points=3)
+
+    def _groups(self, inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Which points are centres [B, G], where these are [B, G, 3], their neighbours [B, G, K] relative [B, G, K, 3].
+
+        -1 is no centre, or no neighbour.
+        """
+        points, valid = inputs["points"].float(), inputs["valid"]
+        chosen = farthest_points(points, valid, self.config.groups)
+        centres = gather(points, chosen)
+        members = nearest(centres, points, valid, self.config.neighbors)
+        return chosen, centres, members, gather(points, members) - centres[:, :, None]
 
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Tokens to an encoding: [B, N', D], normed; the layers are block outputs, not normed."""

@@ -105,6 +105,13 @@ class PromptGrid(Grid):
         prompt = self.prompt.gather(1, index.clamp_min(0)) & (index >= 0)
         return PromptGrid(chosen.coords, chosen.valid, chosen.special, chosen.shape, chosen.edges, prompt)
 
+    def repeat(self, times: int) -> Grid:
+        """See `Grid.repeat`."""
+        assert self.prompt is not None
+        grid = super().repeat(times)
+        prompt = self.prompt.repeat_interleave(times, 0)
+        return PromptGrid(grid.coords, grid.valid, grid.special, grid.shape, grid.edges, prompt)
+
 
 def without_prompt(grid: Grid) -> Grid:
     """The grid of an encoding: tokens of a prompt that is not to be pooled are no longer valid."""

@@ -17,7 +17,7 @@ from mmrep.hub.pretrained import locate
 from mmrep.modalities.text._base import TextEncoder, frame_of, grid, last_special, no_rows, one_blank
 from mmrep.modalities.text._hf_load import FULL_LENGTH, load, max_length, rebuild, without_pooler
 from mmrep.modalities.text._prompts import Prompts, without_prompt
-from mmrep.tokens import Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
 
 
 @config
@@ -48,13 +48,13 @@ class HFText(TextEncoder):
     own side is, and is told by the mask, never by the padding id.
 
     `forward` calls the model with ids, exactly as transformers users do. `tokenize` gives the input embeddings,
-    *without* positions, which the model adds inside `encode`; so tokens cannot be dropped. A projection is linear
-    and is applied to every token, which commutes with the pools; where it changes the width, ``"layers"`` is not
-    supported.
+    *without* positions, which the model adds inside `encode`; so tokens cannot be dropped, but where the embeddings are
+    as wide as the output they can be hidden. A projection is linear and is applied to every token, which commutes with
+    the pools; where it changes the width, ``"layers"`` is not supported.
     """
 
     Config = HFTextConfig
-    supports = frozenset({"tokens", "layers"})
+    supports = frozenset({"tokens", "mask_token", "layers", "content"})
 
     def __init__(self, config: HFTextConfig, files: Path | None = None) -> None:
         super().__init__(config, files)
@@ -83,6 +83,8 @@ class HFText(TextEncoder):
         self.width = getattr(self._projection, "out_features", hidden)
         if self.width != hidden:
             self.supports = self.supports - {"layers"}
+        if self._embedding.embedding_dim != self.width:  # a mask token is as wide as the encoder's output
+            self.supports = self.supports - {"mask_token"}
         self.depth = self.hf_config.num_hidden_layers if "layers" in self.supports else 0
         parameters = inspect.signature(self.model.forward).parameters
         self._is_clip = self.hf_config.model_type == "clip_text_model"
@@ -133,7 +135,12 @@ class HFText(TextEncoder):
 
     def tokenize(self, inputs: Inputs) -> Tokens:
         """``ids`` [B, L] to input embeddings [B, L, D]; the model adds positions itself."""
-        return Tokens(self._embedding(inputs["ids"]), grid(inputs))
+        values = self._embedding(inputs["ids"])
+        return Tokens(values, grid(inputs), torch.zeros_like(values) if "mask_token" in self.supports else None)
+
+    def content(self, inputs: Inputs) -> Content:
+        """See `Encoder.content`: the ids, of all that the model can embed."""
+        return Content(inputs["ids"], vocabulary=self._embedding.num_embeddings)  # pyright: ignore[reportArgumentType]
 
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Run the model on input embeddings; see `Encoder.encode`."""

@@ -16,7 +16,7 @@ from mmrep.config import config
 from mmrep.modalities.text._base import TextEncoder, grid
 from mmrep.modalities.text._prompts import Prompts, without_prompt
 from mmrep.modalities.text._tokenizer import BEGIN, END, FILE, PAD, ByteTokenizer, SentencePiece, Tokenizer, learn
-from mmrep.tokens import Encoding, Inputs, Tokens
+from mmrep.tokens import Content, Encoding, Inputs, Tokens
 
 
 @config
@@ -59,7 +59,7 @@ class TextTransformer(TextEncoder):
     """
 
     Config = TextTransformerConfig
-    supports = frozenset({"tokens", "drop_tokens", "layers"})
+    supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
     pad_id = PAD
 
     def __init__(self, config: TextTransformerConfig, files: Path | None = None) -> None:
@@ -107,8 +107,13 @@ class TextTransformer(TextEncoder):
     def tokenize(self, inputs: Inputs) -> Tokens:
         """``ids`` [B, L] to tokens [B, L, D], with positions."""
         ids = inputs["ids"]
-        values = self.embedding(ids) + self.positions[: ids.shape[1]]
-        return Tokens(self.dropout(values), grid(inputs))
+        places = self.positions[: ids.shape[1]]
+        values = self.dropout(self.embedding(ids) + places)
+        return Tokens(values, grid(inputs), places.expand_as(values))
+
+    def content(self, inputs: Inputs) -> Content:
+        """See `Encoder.content`: the ids, of all that the tokenizer has."""
+        return Content(inputs["ids"], vocabulary=self.tokenizer.size)
 
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Run the transformer over the kept tokens; see `Encoder.encode`.

@@ -23,7 +23,7 @@ from mmrep.modalities.time_series._normalization import FILE, Normalization, lea
 from mmrep.modalities.time_series._scalars import ScalarEmbedding
 from mmrep.modalities.time_series._stats import standardize
 from mmrep.modalities.time_series.decode import LARGEST
-from mmrep.tokens import Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
 
 Positive = Annotated[float, Field(gt=0)]
 SCALES = tuple(10.0**power for power in range(-4, 5))
@@ -102,7 +102,7 @@ class SeriesPatch(SeriesEncoder):
     """
 
     Config = SeriesPatchConfig
-    supports = frozenset({"tokens", "drop_tokens", "layers"})
+    supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
 
     def __init__(self, config: SeriesPatchConfig, files: Path | None = None) -> None:
         super().__init__(config, files)
@@ -180,10 +180,27 @@ class SeriesPatch(SeriesEncoder):
             windows = torch.cat([windows, spacing], -1)
         values = self.embedding(windows)
         position = sincos(centre[..., 0] / (self.time_scale * self.stride), self.width).to(values.dtype)
-        values = values + (position[:, None] if self.channel_tokens else position)
+        places = (position[:, None] if self.channel_tokens else position).expand_as(values)
+        values = values + places
         if self.channel_embedding is not None:
-            values = values + self.channel_embedding.to(values.dtype)
-        return self._with_special(values, self._grid(observed.any(-1), valid, centre[..., 0]))
+            channel = self.channel_embedding.to(values.dtype)
+            values, places = values + channel, places + channel
+        return self._with_special(values, places, self._grid(observed.any(-1), valid, centre[..., 0]))
+
+    def content(self, inputs: Inputs) -> Content:
+        """See `Encoder.content`: the values of each window, [B, N, patch] or, of all channels, [B, N, C * patch].
+
+        Their units are those of ``normalize``; where that is "none", the mean and spread of each channel of the series:
+        a window keeps its offset and scale, which its shape alone does not have. What was not observed is zero.
+        """
+        observed, values = inputs["observed"], self.normalize(inputs["values"].float(), inputs["observed"])
+        if self.config.normalize == "none":
+            values = standardize(values, observed, dim=1)[0]
+        cut = [self._windows(part) for part in (values.masked_fill(~observed, 0.0), observed)]  # [B, n, C, P]
+        cut = [part.transpose(1, 2).flatten(1, 2) if self.channel_tokens else part.flatten(2) for part in cut]
+        front = 0 if self.special is None else self.special.shape[1]
+        values, seen = (F.pad(part, (0, 0, front, 0)) for part in cut)
+        return Content(values, seen)
 
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Tokens to an encoding: [B, N', D], normed; the layers are block outputs, not normed."""
@@ -228,17 +245,18 @@ class SeriesPatch(SeriesEncoder):
         exists = exists.flatten(1)
         return Grid(coords, exists, torch.zeros_like(exists), shape if regular else None)
 
-    def _with_special(self, values: Tensor, grid: Grid) -> Tokens:
-        values = values.flatten(1, -2)
+    def _with_special(self, values: Tensor, places: Tensor, grid: Grid) -> Tokens:
+        values, places = values.flatten(1, -2), places.flatten(1, -2)
         if self.special is None:
-            return Tokens(values, grid)
+            return Tokens(values, grid, places)
         B, count, _ = self.special.expand(len(values), -1, -1).shape
-        values = torch.cat([self.special.to(values.dtype).expand(B, -1, -1), values], 1)
+        front = self.special.to(values.dtype).expand(B, -1, -1)
+        values, places = (torch.cat([front, part], 1) for part in (values, places))
         coords = torch.cat([grid.coords.new_zeros(B, count, grid.coords.shape[-1]), grid.coords], 1)
         marks = torch.ones(B, count, dtype=torch.bool, device=values.device)
         valid = torch.cat([marks, grid.valid], 1)
         special = torch.cat([marks, grid.special], 1)
-        return Tokens(values, Grid(coords, valid, special, grid.shape))
+        return Tokens(values, Grid(coords, valid, special, grid.shape), places)
 
 
 def sincos(places: Tensor, width: int) -> Tensor:

@@ -32,7 +32,7 @@ class Places:
 def together(tokens: Tokens, clips: int) -> Tokens:
     """Tokens of single clips, [B * K, S + n, D] with S special ones in front, to those of videos, [B, S + K * n, D]."""
     grid, values = tokens.grid, tokens.values
-    rows, N, D = values.shape
+    rows, N = values.shape[:2]
     B = rows // clips
     if grid.shape is not None:
         S = N - torch.Size(grid.shape).numel()
@@ -44,14 +44,21 @@ def together(tokens: Tokens, clips: int) -> Tokens:
     coords = torch.cat([number.expand(B, clips, n, 1), coords], -1).flatten(1, 2)
     first = torch.arange(B, device=values.device) * clips
     return Tokens(
-        torch.cat([values[first, :S], values[:, S:].reshape(B, clips * n, D)], 1),
+        side_by_side(values, S, clips),
         Grid(
             coords=torch.cat([coords.new_zeros(B, S, coords.shape[-1]), coords], 1),
             valid=torch.cat([grid.valid[first, :S], grid.valid[:, S:].reshape(B, clips * n)], 1),
             special=torch.cat([grid.special[first, :S], grid.special[:, S:].reshape(B, clips * n)], 1),
             shape=None if grid.shape is None else (clips, *grid.shape),
         ),
+        None if tokens.positions is None else side_by_side(tokens.positions, S, clips),
     )
+
+
+def side_by_side(values: Tensor, special: int, clips: int) -> Tensor:
+    """[B * clips, special + n, K] to [B, special + clips * n, K]; the special ones are those of the first clip."""
+    B, n = len(values) // clips, values.shape[1] - special
+    return torch.cat([values[::clips, :special], values[:, special:].reshape(B, clips * n, values.shape[2])], 1)
 
 
 def apart(tokens: Tokens) -> tuple[Tokens, Places]:

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from mmrep.blocks import Transformer
 from mmrep.config import config
 from mmrep.modalities.video._base import PixelEncoder, Preprocess
-from mmrep.tokens import Encoding, Grid, Inputs, Tokens
+from mmrep.modalities.video._clips import side_by_side
+from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
 
 
 class VideoTransformer(PixelEncoder):
@@ -64,7 +65,7 @@ class VideoTransformer(PixelEncoder):
             if self.positions == "sincos" and self.width % 8:
                 raise ValueError(f"positions='sincos' needs a width that is a multiple of 8, got {self.width}")
 
-    supports = frozenset({"tokens", "drop_tokens", "layers"})
+    supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
 
     def __init__(self, config: Config, files: Path | None = None) -> None:
         super().__init__(config, files, preprocess=config)
@@ -106,12 +107,36 @@ class VideoTransformer(PixelEncoder):
             raise ValueError(f"frames of {H} x {W} cannot be cut into patches of {side}")
         shape = (valid.shape[1] // self.tubelet, H // side, W // side)
         values = self.tubelets(frames.transpose(1, 2)).flatten(2).transpose(1, 2)
-        values = values + self._positions(*shape).to(values.dtype)
-        special = 0
+        places = self._positions(*shape).to(values.dtype).expand(B, -1, -1)
+        values, special = values + places, 0
         if self.special is not None:
             special = 1
-            values = torch.cat([self.special.to(values.dtype).expand(B, -1, -1), values], dim=1)
-        return Tokens(values, _grid(valid, shape, self.tubelet, special))
+            front = self.special.to(values.dtype).expand(B, -1, -1)
+            values, places = (torch.cat([front, part], dim=1) for part in (values, places))
+        return Tokens(values, _grid(valid, shape, self.tubelet, special), places)
+
+    def content(self, inputs: Inputs) -> Content:
+        """See `Encoder.content`: the normalised pixels of each tubelet, [B, N, 3 * tubelet * patch * patch].
+
+        Channels first, then time. What stands for a frame that the clip does not have is not observed.
+        """
+        clips = inputs["times"].shape[1] if inputs["times"].ndim == 3 else 1
+        if inputs["times"].ndim == 3:
+            inputs = {key: inputs[key].flatten(0, 1) for key in ("frames", "valid")}
+        frames, valid = _whole_tubelets(inputs, self.tubelet)
+        frames = self.normalize(frames)
+        observed = valid[:, :, None, None, None].expand_as(frames)
+        front = 0 if self.special is None else 1
+        parts = (F.pad(self._cut(part), (0, 0, front, 0)) for part in (frames, observed))
+        values, observed = (side_by_side(part, front, clips) for part in parts)
+        return Content(values, observed)
+
+    def _cut(self, frames: Tensor) -> Tensor:
+        """[B, T, 3, H, W] to tubelets [B, N, 3 * tubelet * patch * patch], in the order of the tokens."""
+        cut = frames
+        for axis, side in ((1, self.tubelet), (3, self.patch), (4, self.patch)):
+            cut = cut.unfold(axis, side, side)  # [B, t, 3, rows, columns, tubelet, patch, patch] in the end
+        return cut.permute(0, 1, 3, 4, 2, 5, 6, 7).flatten(4).flatten(1, 3)
 
     def encode_clips(self, tokens: Tokens, layers: Sequence[int]) -> Encoding:
         """Tokens to an encoding: [B, N', D], normed; the layers are block outputs, not normed."""
