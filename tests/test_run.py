@@ -229,7 +229,7 @@ def test_a_run_without_a_model_is_not_evaluated_as_if_it_had_one(tmp_path):
     folder = make_world(tmp_path)
     (folder / "run").mkdir()
     (folder / "run" / "config.yaml").write_text(write_recipe(folder).read_text())
-    with pytest.raises(ConfigError, match="(?s)no trained model yet.*--resume"):
+    with pytest.raises(ConfigError, match=r"(?s)no trained model yet.*--resume"):
         open_run(folder / "run")
 
 
