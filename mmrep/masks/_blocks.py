@@ -89,11 +89,13 @@ def fill(
         length: from the number of the box and the tokens still missing, int64 [B * groups], to its lengths int64
             [B * groups, C].
     """
-    (R, N, C), groups = places.shape, len(among) // max(1, len(seeds))
+    if len(seeds) == 0:
+        return among
+    (_, N, C), groups = places.shape, len(among) // len(seeds)
     anchors = ranked(draw(seeds, groups, N, 0), among)
     trim, covered = draw(seeds, groups, N, 1), torch.zeros_like(among)
     box = 0
-    while R and bool(((missing := wanted - covered.sum(1)) > 0).any()):
+    while bool(((missing := wanted - covered.sum(1)) > 0).any()):
         extent = length(box, missing).minimum(sizes).clamp_min(1)
         anchor = anchors.masked_fill(covered, N).argmin(1)
         at = places.gather(1, anchor[:, None, None].expand(-1, 1, C))[:, 0]

@@ -105,14 +105,22 @@ def share(ratio: float | Tensor, count: Tensor) -> Tensor:
     return wanted.clamp_min(1).minimum(count - 1).clamp_min(0)
 
 
-def lowest(scores: Tensor, among: Tensor, count: Tensor) -> Tensor:
-    """Bool [B, N]: the ``count`` int64 [B] tokens of lowest ``scores`` float [B, N] where ``among`` bool [B, N]."""
-    return among & (ranked(scores, among) < count[:, None])
+def lowest(scores: Tensor, among: Tensor, count: Tensor, ties: Tensor | None = None) -> Tensor:
+    """Bool [B, N]: the ``count`` int64 [B] tokens of lowest ``scores`` float [B, N] where ``among`` bool [B, N].
+
+    Equal scores are ordered by ``ties`` float [B, N], else by position.
+    """
+    if ties is None:
+        return among & (ranked(scores, among) < count[:, None])
+    order = ties.argsort(dim=1, stable=True)
+    chosen = lowest(scores.gather(1, order), among.gather(1, order), count)
+    return torch.zeros_like(among).scatter(1, order, chosen)
 
 
 def ranked(scores: Tensor, among: Tensor) -> Tensor:
-    """Int64 [B, N]: the place of each token by ascending ``scores`` [B, N]; those not ``among`` come last."""
-    return scores.masked_fill(~among, float("inf")).argsort(dim=1, stable=True).argsort(dim=1)
+    """Int64 [B, N]: the place of each token by ascending ``scores`` float [B, N]; those not ``among`` come last."""
+    scores = scores.clamp_max(torch.finfo(scores.dtype).max).masked_fill(~among, float("inf"))
+    return scores.argsort(dim=1, stable=True).argsort(dim=1)
 
 
 def spared(scores: Tensor, among: Tensor) -> Tensor:

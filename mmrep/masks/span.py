@@ -50,7 +50,9 @@ class SpanMask(Masker):
         groups, among = config.masks, maskable(grid).repeat_interleave(config.masks, 0)
         count = among.sum(1)
         wanted = share(config.ratio, count)
-        circle = _circle(self._lengths(seeds, wanted, among.shape[1]), count, wanted, draw(seeds, groups, among.shape[1]))
+        circle = _circle(
+            self._lengths(seeds, wanted, among.shape[1]), count, wanted, draw(seeds, groups, among.shape[1])
+        )
         turn = whole(draw(seeds, groups, 1, 1)[:, 0], count)
         place = ranked(grid.coords[..., 0].repeat_interleave(groups, 0), among)
         hidden = among & circle.gather(1, (place + turn[:, None]) % count.clamp_min(1)[:, None])
