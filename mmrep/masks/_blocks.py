@@ -51,11 +51,11 @@ def lengths(area: Tensor, aspect: Tensor, sizes: Tensor, temporal: float | str =
     """
     columns = sizes[..., -1].clamp_min(1)
     rows = sizes[..., -2].clamp_min(1) if sizes.shape[-1] > 1 else torch.ones_like(columns)
-    height = (area * aspect).sqrt().round().clamp_min(1).minimum(rows)
-    width = (area / height).round().clamp_min(1).minimum(columns)
-    # A box as wide as the lattice makes up for it in height.
-    height = torch.where(area > height * columns, (area / columns).round().clamp_min(1).minimum(rows), height)
-    plane = [height.long(), width.long()] if sizes.shape[-1] > 1 else [width.long()]
+    # A box that is as high as the lattice makes up for it in width, and the other way round.
+    height = (area * aspect).sqrt().clamp_min(1).minimum(rows)
+    width = (area / height).clamp_min(1).minimum(columns)
+    height = (area / width).clamp_min(1).minimum(rows)
+    plane = [part.round().long() for part in (height, width)[-sizes.shape[-1] :]]
     part = 1.0 if isinstance(temporal, str) else temporal
     leading = (sizes[..., :-2] * part).round().long().clamp_min(1)
     return torch.cat([leading, torch.stack(plane, -1)], -1)
@@ -77,8 +77,9 @@ def fill(
 ) -> Tensor:
     """Lay boxes until exactly ``wanted`` tokens are covered: bool [B * groups, N].
 
-    Each box lies over a token that is not covered yet, drawn at random, at an offset drawn among all that cover it. Of
-    the last box so many of the tokens it adds are left out, drawn at random, that the count comes out.
+    Each box lies over a token that is not covered yet, drawn at random, any of its own tokens on that one; where it
+    would stick out of the lattice it is moved in. Of the last box so many of the tokens it adds are left out, drawn at
+    random, that the count comes out.
 
     Args:
         places: int64 [B * groups, N, C], see `mmrep.masks._lattice.lattice`.
@@ -99,9 +100,8 @@ def fill(
         extent = length(box, missing).minimum(sizes).clamp_min(1)
         anchor = anchors.masked_fill(covered, N).argmin(1)
         at = places.gather(1, anchor[:, None, None].expand(-1, 1, C))[:, 0]
-        first = (at - extent + 1).clamp_min(0)
-        last = at.minimum(sizes - extent)
-        start = first + whole(draw(seeds, groups, C, 4 + 2 * box), last - first + 1)
+        start = at - whole(draw(seeds, groups, C, 4 + 2 * box), extent)
+        start = start.minimum(sizes - extent).clamp_min(0)
         fresh = inside(places, start, extent) & among & ~covered
         covered |= lowest(trim, fresh, missing.clamp_min(0))
         box += 1
