@@ -2,7 +2,7 @@
 
 In a test::
 
-    from mmrep.testing import check_encoder, check_loss, check_tuple_loss
+    from mmrep.testing import check_encoder, check_loss, check_mask, check_tuple_loss
     check_encoder(MyEncoder)
 
 Each check is one function that raises AssertionError with what it saw. A check that a component cannot pass is listed
@@ -19,16 +19,20 @@ from torch import nn
 
 from mmrep._encoder_checks import ENCODER_CHECKS, Subject
 from mmrep._loss_checks import LOSS_CHECKS, LossSubject
+from mmrep._mask_checks import MASK_CHECKS, MaskSubject
 from mmrep._tuple_loss_checks import TUPLE_LOSS_CHECKS, TupleLossSubject
 from mmrep.encoder import Encoder
+from mmrep.masks.masker import Masker
 from mmrep.registry import near
 
 __all__ = [
     "ENCODER_CHECKS",
     "LOSS_CHECKS",
+    "MASK_CHECKS",
     "TUPLE_LOSS_CHECKS",
     "check_encoder",
     "check_loss",
+    "check_mask",
     "check_tuple_loss",
 ]
 
@@ -102,6 +106,29 @@ def check_tuple_loss(
     """
     subject = TupleLossSubject(loss, **options)
     _run(subject.name, subject, TUPLE_LOSS_CHECKS, only, expected_failures)
+
+
+def check_mask(
+    masker: Masker,
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    only: Sequence[str] | None = None,
+    **options: Any,
+) -> None:
+    """Run every check of the masker contract, `mmrep.masks.masker.Masker`, on grids of each kind that it takes.
+
+    Args:
+        masker: the built masker.
+        expected_failures: check name to the reason why it cannot pass; it must fail.
+        only: names of the checks to run, of `MASK_CHECKS`. None: all.
+        **options: of `mmrep._mask_checks.MaskSubject`: number of ``draws``, ``seed``.
+
+    Raises:
+        AssertionError: naming masker, check and what was seen; all failing checks at once.
+        ValueError: a check name that does not exist.
+    """
+    subject = MaskSubject(masker, **options)
+    _run(subject.name, subject, MASK_CHECKS, only, expected_failures)
 
 
 def _run(

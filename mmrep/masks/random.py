@@ -8,9 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from mmrep.config import config
-from mmrep.masks.masker import Masker, lowest, maskable, share
-from mmrep.tokens import Grid, Mask, index_set
-from mmrep.views.view import uniform
+from mmrep.masks.masker import Masker, draw, grouped, lowest, maskable, share
+from mmrep.tokens import Grid, Mask
 
 
 @config
@@ -28,9 +27,7 @@ class RandomMask(Masker):
 
     def __call__(self, grid: Grid, seeds: Tensor, progress: float = 0.0) -> Mask:
         """See `Masker.__call__`; groups are ``masks`` visible and ``masks`` target."""
+        self.accept(grid)
         config, among = cast(RandomMaskConfig, self.config), maskable(grid).repeat_interleave(self.config.masks, 0)
-        B, N = grid.valid.shape
-        scores = uniform(seeds, config.masks * N).view(B * config.masks, N)
-        hidden = lowest(scores, among, share(config.ratio, among.sum(1)))
-        shape = (B, config.masks, -1)
-        return Mask(visible=index_set(among & ~hidden).view(shape), target=index_set(hidden).view(shape))
+        hidden = lowest(draw(seeds, config.masks, among.shape[1]), among, share(config.ratio, among.sum(1)))
+        return Mask(visible=grouped(among & ~hidden, config.masks), target=grouped(hidden, config.masks))
