@@ -38,9 +38,9 @@ def contrast(predicted: Tensor, target: Tensor, valid: Tensor, noise: Tensor, te
     R, T, M = noise.shape
     at = order.gather(1, drawn.clamp(0, max(T - 1, 0)).view(R, T * M)).view(R, T, M) if T else drawn
     a, b = F.normalize(predicted, dim=-1), F.normalize(target, dim=-1)
-    cosines = a @ b.transpose(1, 2)
-    with torch.no_grad():
-        same = (b @ b.transpose(1, 2)).gather(2, at) > 1 - SAME
+    with torch.autocast(predicted.device.type, enabled=False):  # in bf16 any two near vectors would be the same code
+        cosines = a @ b.transpose(1, 2)
+        same = (b.detach() @ b.detach().transpose(1, 2)).gather(2, at) > 1 - SAME
     negatives = (cosines.gather(2, at) / temperature).masked_fill(same | (others == 0), -torch.inf)
     right = (a * b).sum(-1, keepdim=True) / temperature
     loss = torch.cat([right, negatives], -1).logsumexp(-1) - right[..., 0]

@@ -96,8 +96,8 @@ class Figures(nn.Module):
 class Codebook(nn.Module):
     """K codes that are the moving averages of what is nearest to them: k-means over the stream of batches.
 
-    ``weight = decay * weight + (1 - decay) * count`` and ``code * weight`` likewise, for codes that were chosen (van den
-    Oord et al. 2017, arXiv:1711.00937, appendix A.1). It starts at vectors of the first batch.
+    ``weight = decay * weight + (1 - decay) * count`` and ``code * weight`` likewise, for codes that were chosen (van
+    den Oord et al. 2017, arXiv:1711.00937, appendix A.1). It starts at vectors of the first batch.
     """
 
     def __init__(self, size: int, width: int, decay: float) -> None:

@@ -231,9 +231,7 @@ def test_cross_attention_equals_its_formula(attend):
             normed = layer.norm1(asked)
             source = torch.cat([known, normed]) if attend == "all" else known
             q, k, v = layer.query(normed), layer.key(source), layer.value(source)
-            mixed = [
-                ((q[:, h] @ k[:, h].T) / 8**0.5).softmax(-1) @ v[:, h] for h in (slice(0, 8), slice(8, 16))
-            ]
+            mixed = [((q[:, h] @ k[:, h].T) / 8**0.5).softmax(-1) @ v[:, h] for h in (slice(0, 8), slice(8, 16))]
             asked = asked + layer.out(torch.cat(mixed, -1))
             asked = asked + layer.mlp(layer.norm2(asked))
         torch.testing.assert_close(out[b, : len(wanted)], predictor.head(predictor.norm(asked)))

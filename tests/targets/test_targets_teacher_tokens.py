@@ -72,7 +72,9 @@ def test_padding_never_enters_instance_statistics():
 
 def test_targets_of_a_sample_alone_are_those_in_a_padded_batch():
     built = root(encoder=RAGGED, target={"type": "teacher", "layers": 2, "norm": "instance"})
-    pictures = [torch.rand(3, h, w, generator=torch.Generator().manual_seed(h)) for h, w in ((8, 24), (16, 8), (12, 16))]
+    pictures = [
+        torch.rand(3, h, w, generator=torch.Generator().manual_seed(h)) for h, w in ((8, 24), (16, 8), (12, 16))
+    ]
     together = step(built, batch(built, pictures=pictures))
     grid: Grid = together.tokens("x").grid
     assert not bool(grid.valid.all())
