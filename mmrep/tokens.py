@@ -173,7 +173,8 @@ class Content:
 
     Attributes:
         values: float [B, N, P] (the pixels of a patch, the points of a group), or int64 [B, N] codes below
-            ``vocabulary``. N is as in what ``tokenize`` returns; what is at special and padded tokens means nothing.
+            ``vocabulary``, or int64 [B, N, C] of C codebooks. N is as in what ``tokenize`` returns; what is at special
+            and padded tokens means nothing.
         observed: bool, as ``values``; False where nothing was measured (a gap in a series, beyond the end of a clip).
             None = everything was.
         vocabulary: number of codes; None for float values.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mmrep.config import Component, ConfigError, Of, component, config
 from mmrep.data.sample import stable_hash
 from mmrep.encoder import unsupported
+from mmrep.losses.token_contrast import contrast
 from mmrep.losses.tokenwise import LOSSES
 from mmrep.masks.masker import Masker
 from mmrep.model import Model
@@ -26,6 +27,7 @@ from mmrep.registry import near
 from mmrep.step import Step, idle
 from mmrep.targets.target import Target, look
 from mmrep.tokens import Content, Mask, Tokens, keep_special
+from mmrep.views.view import uniform
 
 
 @config
@@ -34,7 +36,8 @@ class MaskedConfig(ObjectiveConfig):
 
     input: what the encoder reads: only the ``visible`` tokens (MAE, I-JEPA), or all of them with a learned
     ``mask-token`` in the hidden places (SimMIM, BEiT, HuBERT). mask, predictor, target: see their registries. loss: by
-    name; None = the target's first. condition: names of the view's parameters that the predictor is told.
+    name; None = the target's first. condition: names of the view's parameters that the predictor is told. negatives,
+    temperature: of the loss ``contrastive`` alone; the distractors of a token are other hidden tokens of its sample.
     """
 
     field: str
@@ -47,6 +50,8 @@ class MaskedConfig(ObjectiveConfig):
     target: Annotated[Component, Of("targets")] = default(default_factory=lambda: component("targets", "content"))
     loss: str | None = None
     condition: tuple[str, ...] = ()
+    negatives: Annotated[int, Field(ge=1)] = 100
+    temperature: Annotated[float, Field(gt=0)] = 0.1
     weight: Annotated[float, Field(ge=0)] = 1.0
 
 
@@ -86,7 +91,8 @@ class Masked(Objective):
         problems = list(self._problems(config))
         if problems:
             raise ConfigError([f"objectives.masked.{problem}" for problem in problems])
-        self.loss = LOSSES[config.loss or self.target.losses[0]]
+        chosen = config.loss or self.target.losses[0]
+        self.loss = None if chosen == "contrastive" else LOSSES[chosen]
 
     def _refuse(self, config: MaskedConfig, model: Model, fields: dict[str, str]) -> None:
         tower = model.tower(fields[config.field])
@@ -130,13 +136,14 @@ class Masked(Objective):
         n = step.world.sum(here.sum())
         if not step.has(config.field):
             nothing = idle(step.tower(config.field).encoder) + idle(self)
-            return {"loss": nothing * step.world.size}
+            self.target.absent(step)
+            return {"loss": nothing * step.world.size + self.target.parts().get("loss", 0)}
         tokens = step.tokens(config.field, config.view)
         seeds = step.batch.seeds[here] + stable_hash(config.field, config.view, "mask", config.name)
         mask = self.masker(tokens.grid, seeds, step.clock.progress)
         predicted, target = self.predict(step, tokens, mask)
         wanted = self.target(step, config.field, config.view)
-        each = self._each(predicted, wanted, target, mask.target.shape[1])
+        each = self._each(predicted, wanted, target, mask.target.shape[1], seeds)
         loss = each.sum() * (step.world.size / n.clamp_min(1))
         parts = dict(self.target.parts())
         if (extra := parts.pop("loss", None)) is not None:
@@ -168,23 +175,33 @@ class Masked(Objective):
         columns = [params[name].float().reshape(len(params[name]), -1) for name in config.condition]
         return torch.cat(columns, 1)[:, None].repeat_interleave(groups, 0)
 
-    def _each(self, predicted: Tensor, wanted: Content, target: Tensor, groups: int) -> Tensor:
+    def _each(self, predicted: Tensor, wanted: Content, target: Tensor, groups: int, seeds: Tensor) -> Tensor:
         """The mean loss of each sample's hidden tokens, [B]."""
         valid = target >= 0
-        values = take(wanted.values.repeat_interleave(groups, 0), target)[valid]
-        observed = wanted.observed
-        if observed is not None:
-            observed = take(observed.repeat_interleave(groups, 0), target)[valid]
+        values = take(wanted.values.repeat_interleave(groups, 0), target)
         predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
         if values.is_floating_point():
             values = values.to(predicted.dtype)
-        losses = self.loss(predicted[valid], values, observed)
+        if self.loss is None:
+            losses = self._contrast(predicted, values, valid, groups, seeds)[valid]
+        else:
+            observed = wanted.observed
+            if observed is not None:
+                observed = take(observed.repeat_interleave(groups, 0), target)[valid]
+            losses = self.loss(predicted[valid], values[valid], observed)
         sample = torch.arange(len(target), device=target.device).div(groups, rounding_mode="floor")
         sample = sample[:, None].expand_as(target)[valid]
         B = len(target) // groups
         sums = predicted.new_zeros(B).index_add(0, sample, losses)
         counts = predicted.new_zeros(B).index_add(0, sample, torch.ones_like(losses))
         return sums / counts.clamp_min(1)
+
+    def _contrast(self, predicted: Tensor, values: Tensor, valid: Tensor, groups: int, seeds: Tensor) -> Tensor:
+        config = cast(MaskedConfig, self.config)
+        T, M = valid.shape[1], config.negatives
+        # A stream for each group: the numbers of a token must not depend on how many slots its batch has.
+        noise = torch.stack([uniform(seeds, T * M, stream=1 + group) for group in range(groups)], 1)
+        return contrast(predicted, values, valid, noise.view(-1, T, M), config.temperature)
 
     def after_optimizer_step(self) -> None:
         """See `Objective.after_optimizer_step`."""

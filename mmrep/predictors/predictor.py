@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,41 @@ def sincos(coords: Tensor, width: int) -> Tensor:
     angles = coords.float()[..., None] * frequencies
     out = torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
     return nn.functional.pad(out, (0, width - out.shape[-1]))
+
+
+class Places(nn.Module):
+    """What a predictor adds to a token for where it is: [B, N, out].
+
+    Args:
+        kind: ``sincos`` of the coordinates, ``mlp`` (a learned function of them), or ``encoder`` (a linear map of the
+            encoder's own positions).
+        width: of the encoder's tokens.
+        axes: coordinates of a token.
+        out: width of the predictor.
+    """
+
+    def __init__(self, kind: Literal["sincos", "mlp", "encoder"], *, width: int, axes: int, out: int) -> None:
+        super().__init__()
+        self.kind, self.out = kind, out
+        self.map: nn.Module | None = None
+        if kind == "mlp":
+            self.map = nn.Sequential(nn.Linear(axes, out), nn.GELU(), nn.Linear(out, out))
+        elif kind == "encoder":
+            self.map = nn.Linear(width, out)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """Of all tokens of a field.
+
+        Raises:
+            ValueError: the encoder does not give the positions that are asked for.
+        """
+        if self.map is None:
+            return sincos(tokens.grid.coords, self.out).to(tokens.values.dtype)
+        if self.kind == "mlp":
+            return self.map(tokens.grid.coords.to(tokens.values.dtype))
+        if tokens.positions is None:
+            raise ValueError("positions: encoder: this encoder does not give its positions; use sincos or mlp")
+        return self.map(tokens.positions)
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, cast
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmrep.blocks import Transformer
 from mmrep.config import config
-from mmrep.predictors.predictor import Predictor, sincos, take
+from mmrep.predictors.predictor import Places, Predictor, take
 from mmrep.tokens import Tokens
 
 
@@ -51,18 +51,14 @@ class TransformerPredictor(Predictor):
         self.transformer = Transformer(D, config.depth, config.heads, config.mlp_ratio, config.dropout)
         self.norm = nn.LayerNorm(D)
         self.head = nn.Linear(D, out)
-        self.place: nn.Module | None = None
-        if config.positions == "mlp":
-            self.place = nn.Sequential(nn.Linear(axes, D), nn.GELU(), nn.Linear(D, D))
-        elif config.positions == "encoder":
-            self.place = nn.Linear(width, D)
+        self.place = Places(config.positions, width=width, axes=axes, out=D)
         self.condition = nn.Linear(condition, D) if condition else None
 
     def forward(
         self, context: Tokens, index: Tensor, tokens: Tokens, target: Tensor, condition: Tensor | None = None
     ) -> Tensor:
         """See `Predictor.forward`."""
-        places = self._places(tokens)
+        places = self.place(tokens)
         special = context.grid.special[..., None]
         known = self.embed(context.values)
         known = known + torch.where(special, torch.zeros_like(known), take(places, index))
@@ -76,14 +72,3 @@ class TransformerPredictor(Predictor):
         everything = torch.cat(valid, 1)
         values, _ = self.transformer(torch.cat(parts, 1), None if bool(everything.all()) else everything)
         return self.head(self.norm(values[:, -target.shape[1] :] if target.shape[1] else values[:, :0]))
-
-    def _places(self, tokens: Tokens) -> Tensor:
-        kind = cast(TransformerPredictorConfig, self.config).positions
-        if kind == "sincos":
-            return sincos(tokens.grid.coords, self.config.width).to(tokens.values.dtype)
-        assert self.place is not None
-        if kind == "mlp":
-            return self.place(tokens.grid.coords.to(tokens.values.dtype))
-        if tokens.positions is None:
-            raise ValueError("positions: encoder: this encoder does not give its positions; use sincos or mlp")
-        return self.place(tokens.positions)

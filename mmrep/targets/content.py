@@ -56,7 +56,7 @@ def standardize(values: Tensor, observed: Tensor | None = None) -> Tensor:
     if observed is None:
         variance, mean = torch.var_mean(values, dim=-1, keepdim=True)
         return (values - mean) / (variance + 1e-6).sqrt()
-    weight = observed.to(values.dtype)
+    values, weight = values.masked_fill(~observed, 0), observed.to(values.dtype)
     count = weight.sum(-1, keepdim=True)
     mean = (values * weight).sum(-1, keepdim=True) / count.clamp_min(1)
     variance = ((values - mean).square() * weight).sum(-1, keepdim=True) / (count - 1).clamp_min(1)

@@ -43,6 +43,12 @@ class Target(nn.Module):
         """What the tokens of the samples that have the field are: [B, N, ...], as `Content` says."""
         raise NotImplementedError
 
+    def absent(self, step: Step) -> None:
+        """No sample of this process has the field: take part in what `forward` sums over processes.
+
+        The default takes it that `forward` sums nothing. What it leaves as ``loss`` to `parts` counts.
+        """
+
     def parts(self) -> dict[str, Tensor]:
         """What the last `forward` left to look at; ``loss``, if there, is added to the objective's."""
         return {}
