@@ -88,7 +88,7 @@ class SIGReg(nn.Module):
         generator = torch.Generator().manual_seed((self.config.seed * 1_000_003 + int(self.step)) % 2**63)
         drawn = torch.randn(width, self.config.slices, generator=generator)
         drawn = drawn.to(device=like.device, dtype=like.dtype)
-        return drawn / torch.linalg.vector_norm(drawn, dim=0)
+        return drawn / drawn.square().sum(0).sqrt()
 
     def _statistic(self, x: Tensor, world: World) -> Tensor:
         """The mean over slices of the statistic of Epps and Pulley."""
