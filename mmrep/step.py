@@ -163,7 +163,7 @@ class Step:
                 twin = self.teacher.of(tower)
                 found = twin.project(twin.pool(self.taught(field, view)))
             else:
-                found = torch.zeros(0, tower.dim, device=self.model.device)
+                found = torch.zeros(0, tower.dim, dtype=_dtype(tower), device=self.model.device)
             out = found.new_zeros(len(self.batch), tower.dim)
             self._taught_embeddings[key] = out.index_copy(0, rows, found)
         return self._taught_embeddings[key]
@@ -173,11 +173,11 @@ class Step:
         """The teacher's `pooled`, without gradient."""
         key = (field, view)
         if key not in self._taught_pooled:
-            pool = self.tower(field).pool
+            tower, pool = self.tower(field), self.tower(field).pool
             if self.has(field):
                 found = self.teacher.of(pool)(self.taught(field, view))
             else:
-                found = torch.zeros(0, pool.width, device=self.model.device)
+                found = torch.zeros(0, pool.width, dtype=_dtype(tower), device=self.model.device)
             self._taught_pooled[key] = self._spread(field, found, pool.width)
         return self._taught_pooled[key]
 

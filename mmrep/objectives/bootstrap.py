@@ -107,7 +107,7 @@ class Bootstrap(Objective):
             valid = step.present(a[0]) & step.present(b[0])
             x, y = predicted[a][valid], target[b][valid]
             n = step.world.sum(valid.sum())
-            losses.append(self._each(step, x, y, valid).sum() * (step.world.size / n.clamp_min(1)))
+            losses.append(self._each(step, x, y, valid).sum() * step.world.size / n.clamp_min(1))
             cosines.append(F.cosine_similarity(x.detach(), y, dim=1).sum())
             counts.append(n)
         reached = sum((step.embedding(*b).sum() * 0 for _, b in self.pairs), torch.zeros((), device=step.model.device))

@@ -168,7 +168,7 @@ class DINO(Objective):
                 teacher[view] = self.assign(logits, step.clock, step.world)
         pairs = [(g, v) for g in teacher for v in student if g != v]
         sums = torch.stack([-(teacher[g] * student[v]).sum() for g, v in pairs])
-        views = sums.mean() * (step.world.size / n)
+        views = sums.mean() * step.world.size / n
         loss = views
         parts = {"views": views, **self._watch(step.world, teacher, views, n)}
         if config.patch is not None:
@@ -190,7 +190,7 @@ class DINO(Objective):
             encoding = tower.encoder.encode(tokens.hide(index_set(hidden), self.token))
             features, values = tower.pool(encoding), encoding.tokens.values[hidden]
             targets = step.taught(config.field, view).tokens.values[hidden]
-            share = (hidden / hidden.sum(1, keepdim=True).clamp_min(1))[hidden]
+            share = (hidden.to(values.dtype) / hidden.sum(1, keepdim=True).clamp_min(1))[hidden]
         else:
             features = step.pooled(config.field, view)[:0]
             values = features.new_zeros(0, tower.encoder.width) + features.sum() * 0 + self.token.sum() * 0
@@ -201,7 +201,7 @@ class DINO(Objective):
         with torch.no_grad():
             teacher = self.patch_assign(step.teacher.of(head)(targets, step.world), step.clock, step.world)
         each = -(teacher * student).sum(1)
-        return features, (each * share).sum() * (step.world.size / n)
+        return features, (each * share).sum() * step.world.size / n
 
     @torch.no_grad()
     def _watch(self, world: World, teacher: dict[int, Tensor], views: Tensor, n: Tensor) -> dict[str, Tensor]:
