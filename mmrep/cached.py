@@ -78,6 +78,14 @@ class CachedStep(Step):
         """Refused."""
         self._refuse("encoding")
 
+    def pooled(self, field: str, view: int = 0) -> Tensor:
+        """Refused."""
+        self._refuse("pooled")
+
+    def taught_pooled(self, field: str, view: int = 0) -> Tensor:
+        """Refused."""
+        self._refuse("taught_pooled")
+
     def tokens(self, field: str, view: int = 0) -> Tokens:
         """Refused."""
         self._refuse("tokens")

@@ -60,6 +60,8 @@ class Step:
         self._contents: dict[tuple[str, int], Content] = {}
         self._taught: dict[tuple[str, int, tuple[int, ...]], Encoding] = {}
         self._taught_embeddings: dict[tuple[str, int], Tensor] = {}
+        self._pooled: dict[tuple[str, int], Tensor] = {}
+        self._taught_pooled: dict[tuple[str, int], Tensor] = {}
         self._inputs: dict[tuple[str, int], tuple[Inputs, Params]] = {}
         self._embeddings: dict[tuple[str, int], Tensor] = {}
         self._encodings: dict[tuple[str, int], Encoding] = {}
@@ -161,10 +163,47 @@ class Step:
                 twin = self.teacher.of(tower)
                 found = twin.project(twin.pool(self.taught(field, view)))
             else:
-                found = torch.zeros(0, tower.dim, device=self.model.device)
+                found = torch.zeros(0, tower.dim, dtype=_dtype(tower), device=self.model.device)
             out = found.new_zeros(len(self.batch), tower.dim)
             self._taught_embeddings[key] = out.index_copy(0, rows, found)
         return self._taught_embeddings[key]
+
+    @torch.no_grad()
+    def taught_pooled(self, field: str, view: int = 0) -> Tensor:
+        """The teacher's `pooled`, without gradient."""
+        key = (field, view)
+        if key not in self._taught_pooled:
+            tower, pool = self.tower(field), self.tower(field).pool
+            if self.has(field):
+                found = self.teacher.of(pool)(self.taught(field, view))
+            else:
+                found = torch.zeros(0, pool.width, dtype=_dtype(tower), device=self.model.device)
+            self._taught_pooled[key] = self._spread(field, found, pool.width)
+        return self._taught_pooled[key]
+
+    def pooled(self, field: str, view: int = 0) -> Tensor:
+        """Pooled encodings [B, width], which a projector or a head would read; rows without the field are zero.
+
+        Where no sample has the field, the zeros depend on the encoder and the pool as those of `embedding` do. An
+        objective that asks for it names the field in `Objective.pooled`.
+        """
+        key = (field, view)
+        if key not in self._pooled:
+            tower = self.tower(field)
+            if self.has(field):
+                found = tower.pool(self.encoding(field, view))
+            else:
+                nothing = idle(tower.encoder) + idle(tower.pool)
+                found = torch.zeros(0, tower.pool.width, device=self.model.device, dtype=_dtype(tower)) + nothing
+            self._pooled[key] = self._spread(field, found, tower.pool.width)
+        return self._pooled[key]
+
+    def _spread(self, field: str, found: Tensor, width: int) -> Tensor:
+        """Rows of the samples that have the field to rows of all samples."""
+        if len(found) == len(self.batch):
+            return found
+        rows = self.present(field).nonzero()[:, 0]
+        return found.new_zeros(len(self.batch), width).index_copy(0, rows, found)
 
     def embedding(self, field: str, view: int = 0) -> Tensor:
         """Embeddings float32 [B, dim] of a field or of a fusion; rows of samples without the field are zero.
@@ -219,9 +258,7 @@ class Step:
             else:
                 found = tower(self.inputs(field, view))
         else:
-            doubles = next(tower.parameters()).dtype == torch.float64
-            dtype = torch.float64 if doubles else torch.float32
-            nothing = torch.zeros(len(self.batch), tower.dim, dtype=dtype, device=self.model.device)
+            nothing = torch.zeros(len(self.batch), tower.dim, dtype=_dtype(tower), device=self.model.device)
             return nothing + (_idle_sharded(tower) if _is_sharded(tower) else idle(tower))
         if len(found) == len(self.batch):
             return found
@@ -252,6 +289,11 @@ def idle(module: nn.Module) -> Tensor:
     trained = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
     device = parameters[0].device if parameters else torch.device("cpu")
     return torch.zeros((), device=device) + sum(p.float().sum() * 0 for p in trained)
+
+
+def _dtype(tower: Tower) -> torch.dtype:
+    """That of embeddings: a model of doubles stays one."""
+    return torch.float64 if next(tower.parameters()).dtype == torch.float64 else torch.float32
 
 
 def _is_sharded(module: nn.Module) -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import torch
 from torch import Tensor
 
 from mmrep.losses._batch import check_pairs
-from mmrep.losses._tiles import refuse_second_derivative
 from mmrep.losses._tuples import agree, common_dtype
+from mmrep.losses._views import centred, cross_product
 from mmrep.world import LocalWorld, World
 
 
@@ -70,7 +68,7 @@ def cross_correlation_loss(
         n = world.sum(torch.tensor(len(a), device=a.device))
         enough, count = n > 1, n.clamp_min(1)
         z_a, z_b = _standardised(a, count, world, eps), _standardised(b, count, world, eps)
-        c = world.sum(cast(Tensor, _Product.apply(z_a, z_b))) / count
+        c = world.sum(cross_product(z_a, z_b)) / count
         parts = {
             "common": _near(c[:common, :common], 1, redundancy),
             "unique": _near(c[common:, common:], 0, redundancy),
@@ -79,25 +77,9 @@ def cross_correlation_loss(
 
 
 def _standardised(x: Tensor, count: Tensor, world: World, eps: float) -> Tensor:
-    """Columns of mean 0 and variance 1 over all ranks; the mean goes before the squares, which loses no digit."""
-    x = x - world.sum(x.sum(0)) / count
+    """Columns of mean 0 and variance 1 over all ranks."""
+    x = centred(x, count, world)
     return x * (world.sum(x.square().sum(0)) / count + eps).rsqrt()
-
-
-class _Product(torch.autograd.Function):
-    """``a.T @ b``; a function of its own because a product's backward pass would obey an autocast that surrounds it."""
-
-    @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return a.T @ b
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
-        refuse_second_derivative()
-        a, b = ctx.saved_tensors
-        with torch.autocast(a.device.type, enabled=False):
-            return b @ grad_outputs[0].T, a @ grad_outputs[0]
 
 
 def _near(c: Tensor, diagonal: float, redundancy: float) -> Tensor:

@@ -54,6 +54,10 @@ class Objective(nn.Module):
         """Fields whose embedding it asks for; the projector of a tower that nobody asks rests. None = any of them."""
         return None
 
+    def pooled(self) -> set[str]:
+        """Fields whose `Step.pooled` it asks for: their tower's pool is trained, but not for that its projector."""
+        return set()
+
     def raw(self) -> set[str]:
         """Fields whose inputs it needs even where their tower is frozen and its features would be kept instead."""
         return set()

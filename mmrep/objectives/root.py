@@ -83,16 +83,18 @@ class Root(nn.Module):
 
     def _rest(self) -> None:
         """Freeze pool and projector of towers whose embedding no objective asks for: decay alone would move them."""
-        asked: set[str] = set()
+        asked, pooled = set[str](), set[str]()
         for objective in self.objectives.values():
             fields = cast(Objective, objective).embedded()
             asked |= {*self.fields} if fields is None else fields
+            pooled |= cast(Objective, objective).pooled()
         towers = {id(self.model.tower(self.fields[field])) for field in asked}
+        pools = {id(self.model.tower(self.fields[field])) for field in pooled}
         for name in self.model.towers:
             tower = self.model.tower(name)
             if id(tower) in towers or not self.objectives:
                 continue
-            for part in (tower.pool, tower.projector):
+            for part in (tower.projector,) if id(tower) in pools else (tower.pool, tower.projector):
                 if any(p.requires_grad for p in part.parameters()):
                     logger.info("tower %s: no objective asks for its embedding; %s rests", name, type(part).__name__)
                 part.requires_grad_(False)
