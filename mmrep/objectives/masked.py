@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import field as default
+from dataclasses import replace
 from typing import Annotated, Literal, cast
 
 import torch
@@ -21,12 +22,13 @@ from mmrep.losses.token_contrast import contrast
 from mmrep.losses.tokenwise import LOSSES
 from mmrep.masks.masker import Masker
 from mmrep.model import Model
+from mmrep.objectives._given import Given
 from mmrep.objectives.objective import Objective, ObjectiveConfig
 from mmrep.predictors.predictor import Predictor, take
 from mmrep.registry import near
 from mmrep.step import Step, idle
 from mmrep.targets.target import Target, look
-from mmrep.tokens import Content, Mask, Tokens, keep_special
+from mmrep.tokens import Content, Grid, Mask, Tokens, keep_special
 from mmrep.views.view import uniform
 
 
@@ -36,8 +38,12 @@ class MaskedConfig(ObjectiveConfig):
 
     input: what the encoder reads: only the ``visible`` tokens (MAE, I-JEPA), or all of them with a learned
     ``mask-token`` in the hidden places (SimMIM, BEiT, HuBERT). mask, predictor, target: see their registries. loss: by
-    name; None = the target's first. condition: names of the view's parameters that the predictor is told. negatives,
-    temperature: of the loss ``contrastive`` alone; the distractors of a token are other hidden tokens of its sample.
+    name; None = the target's first. negatives, temperature: of the loss ``contrastive`` alone; the distractors of a token
+    are other hidden tokens of its sample.
+
+    condition: the view's parameters that the predictor is told, and how many figures each has: ``{crop: 4}``. given:
+    other fields of the sample, all of whose tokens the predictor gets too. own: it also gets the visible tokens of the
+    field itself; false = everything hidden is predicted from the given fields alone.
     """
 
     field: str
@@ -49,7 +55,9 @@ class MaskedConfig(ObjectiveConfig):
     )
     target: Annotated[Component, Of("targets")] = default(default_factory=lambda: component("targets", "content"))
     loss: str | None = None
-    condition: tuple[str, ...] = ()
+    condition: dict[str, Annotated[int, Field(ge=1)]] = default(default_factory=dict[str, int])
+    given: tuple[str, ...] = ()
+    own: bool = True
     negatives: Annotated[int, Field(ge=1)] = 100
     temperature: Annotated[float, Field(gt=0)] = 0.1
     weight: Annotated[float, Field(ge=0)] = 1.0
@@ -66,10 +74,11 @@ class Masked(Objective):
 
     def __init__(self, config: MaskedConfig, model: Model, fields: dict[str, str]) -> None:
         super().__init__(config, model, fields)
-        if config.field not in fields:
+        unknown = [name for name in (config.field, *config.given) if name not in fields]
+        if unknown:
             raise ConfigError([
-                f"objectives.masked.field: unknown {config.field!r}{near(config.field, fields)} "
-                f"Fields: {', '.join(fields)}"
+                f"objectives.masked: unknown field {name!r}{near(name, fields)} Fields: {', '.join(fields)}"
+                for name in unknown
             ])  # fmt: skip
         tower = model.tower(fields[config.field])
         self.__dict__["_tower"] = tower  # seen, not owned
@@ -79,12 +88,13 @@ class Masked(Objective):
             self.target: Target = config.target.build(tower)
             self.predictor: Predictor = config.predictor.build(
                 width=tower.encoder.width, out=self.target.width, axes=look(tower.encoder).axes,
-                condition=len(config.condition),
+                condition=sum(config.condition.values()),
             )  # fmt: skip
         except ConfigError:
             raise
         except ValueError as error:
             raise ConfigError([f"objectives.masked ({config.field}): {error}"]) from error
+        self.given = Given(config.given, model, fields, tower.encoder.width) if config.given else None
         self.token = None
         if config.input == "mask-token":
             self.token = nn.Parameter(0.02 * torch.randn(tower.encoder.width))
@@ -107,6 +117,10 @@ class Masked(Objective):
         if config.loss is not None and config.loss not in allowed:
             hint = near(config.loss, allowed)
             yield f"loss: {config.loss!r} does not fit this target{hint} One of: {', '.join(allowed)}"
+        if config.field in config.given:
+            yield f"given: {config.field!r} is what is predicted"
+        if not config.own and (not config.given or config.input == "mask-token"):
+            yield "own: false predicts from `given` fields alone: name some, and use input: visible"
         if self.predictor.needs_hidden and config.input == "visible":
             yield (
                 f"predictor: {config.predictor.type!r} reads the encoder's output at the hidden places, which input: "
@@ -123,19 +137,26 @@ class Masked(Objective):
 
     def raw(self) -> set[str]:
         """See `Objective.raw`."""
-        return {self.config.field}
+        return {self.config.field, *self.config.given}
 
     def count(self, step: Step) -> int:
         """See `Objective.count`: the samples that have the field."""
-        return int(step.present(self.config.field).sum())
+        return int(self._counted(step).sum())
+
+    def _counted(self, step: Step) -> Tensor:
+        """Bool [B]: the samples that have the field, and something to predict it from."""
+        config = cast(MaskedConfig, self.config)
+        here = step.present(config.field)
+        return here if config.own else here & torch.stack([step.present(name) for name in config.given]).any(0)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """See `Objective.forward`; parts are those of the target."""
         config = cast(MaskedConfig, self.config)
-        here = step.present(config.field)
-        n = step.world.sum(here.sum())
+        here, counted = step.present(config.field), self._counted(step)
+        n = step.world.sum(counted.sum())
         if not step.has(config.field):
-            nothing = idle(step.tower(config.field).encoder) + idle(self)
+            towers = [step.tower(name).encoder for name in (config.field, *config.given)]
+            nothing = sum((idle(encoder) for encoder in towers), idle(self))
             self.target.absent(step)
             return {"loss": nothing * step.world.size + self.target.parts().get("loss", 0)}
         tokens = step.tokens(config.field, config.view)
@@ -144,7 +165,7 @@ class Masked(Objective):
         predicted, target = self.predict(step, tokens, mask)
         wanted = self.target(step, config.field, config.view)
         each = self._each(predicted, wanted, target, mask.target.shape[1], seeds)
-        loss = each.sum() * (step.world.size / n.clamp_min(1))
+        loss = (each * counted[here]).sum() * (step.world.size / n.clamp_min(1))
         parts = dict(self.target.parts())
         if (extra := parts.pop("loss", None)) is not None:
             loss = loss + extra
@@ -165,6 +186,15 @@ class Masked(Objective):
             assert self.token is not None
             context = encoder.encode(tokens.repeat(groups).hide(target, self.token)).tokens
             index = torch.arange(context.values.shape[1], device=target.device).expand(len(target), -1)
+        reached = 0
+        if not config.own:
+            reached = context.values.sum() * 0  # its encoder takes part in the processes' reduction of gradients
+            grid, index = context.grid, index[:, :0]
+            nothing = Grid(coords=grid.coords[:, :0], valid=grid.valid[:, :0], special=grid.special[:, :0])
+            context = Tokens(context.values[:, :0], nothing)
+        if self.given is not None:
+            context, index = self.given(step, config.field, context, index, groups)
+            context = replace(context, values=context.values + reached)
         return self.predictor(context, index, tokens.repeat(groups), target, self._condition(step, groups)), target
 
     def _condition(self, step: Step, groups: int) -> Tensor | None:
@@ -172,6 +202,14 @@ class Masked(Objective):
         if not config.condition:
             return None
         params = step.params(config.field, config.view)
+        for name, width in config.condition.items():
+            found = params[name][0].numel() if name in params else None
+            if found != width:
+                known = ", ".join(f"{key}: {value[0].numel()}" for key, value in params.items()) or "none"
+                raise ConfigError([
+                    f"objectives.masked.condition.{name}: {width}, but view {config.view} of {config.field!r} has "
+                    f"{'no such parameter' if found is None else found}; it has {{{known}}}"
+                ])  # fmt: skip
         columns = [params[name].float().reshape(len(params[name]), -1) for name in config.condition]
         return torch.cat(columns, 1)[:, None].repeat_interleave(groups, 0)
 
