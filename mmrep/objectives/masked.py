@@ -38,8 +38,8 @@ class MaskedConfig(ObjectiveConfig):
 
     input: what the encoder reads: only the ``visible`` tokens (MAE, I-JEPA), or all of them with a learned
     ``mask-token`` in the hidden places (SimMIM, BEiT, HuBERT). mask, predictor, target: see their registries. loss: by
-    name; None = the target's first. negatives, temperature: of the loss ``contrastive`` alone; the distractors of a token
-    are other hidden tokens of its sample.
+    name; None = the target's first. negatives, temperature: of the loss ``contrastive`` alone; the distractors of a
+    token are other hidden tokens of its sample.
 
     condition: the view's parameters that the predictor is told, and how many figures each has: ``{crop: 4}``. given:
     other fields of the sample, all of whose tokens the predictor gets too. own: it also gets the visible tokens of the
