@@ -69,7 +69,10 @@ class Silent(RandomMask):
 
 
 class Edited(RandomMask):
-    """Changes the mask, or what it is drawn from."""
+    """Changes the mask."""
+
+    def edit(self, mask, grid, seeds):
+        raise NotImplementedError
 
     def __call__(self, grid, seeds, progress=0.0):
         return self.edit(super().__call__(grid, seeds, progress), grid, seeds)

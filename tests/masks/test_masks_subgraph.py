@@ -84,6 +84,7 @@ def test_a_part_that_is_too_small_is_filled_from_elsewhere(grow):
 def test_direction_order_and_repeats_of_edges_do_not_matter(grow):
     graph, seeds = nx.gnm_random_graph(15, 20, seed=1), torch.arange(30)
     grid = graphs([graph], 30)
+    assert grid.edges is not None
     masker = component("masks", "subgraph", grow=grow).build()
     plain = masker(grid, seeds)
     both = torch.cat([grid.edges, grid.edges.flip(0)], 1)
@@ -109,6 +110,7 @@ def test_padding_and_special_nodes_are_not_walked_through():
     """A master node that joins all is special: without it the two halves are apart."""
     graph = nx.disjoint_union(nx.path_graph(6), nx.path_graph(6))
     grid = graphs([graph], 50, pad=1)
+    assert grid.edges is not None
     n = grid.valid.shape[1]
     special = torch.zeros_like(grid.valid)
     special[:, -1] = True
