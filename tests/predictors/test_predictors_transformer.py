@@ -242,3 +242,27 @@ def test_cross_attention_to_the_context_alone_predicts_each_token_by_itself():
     context, index, tokens = scene()
     out = predict(predictor, context, index, tokens, TARGET)
     torch.testing.assert_close(predict(predictor, context, index, tokens, TARGET[:, 1:2])[0], out[0, 1:2])
+
+
+def test_convolutions_over_three_axes_keep_the_order_of_the_grid():
+    torch.manual_seed(0)
+    predictor = component("predictors", "conv", depth=1, width=4).build(width=D, out=OUT, axes=3).double()
+    shape = (2, 3, 4)
+    tokens = Tokens(torch.randn(1, 24, D, dtype=torch.float64), Grid.regular(1, shape))
+    visible, target = torch.arange(0, 24, 2)[None], torch.arange(1, 24, 2)[None]
+    out = predictor(tokens.keep(visible), visible, tokens, target)
+    dense = predictor.token.expand(24, -1).clone()
+    dense[visible[0]] = predictor.embed(tokens.values[0, visible[0]])
+    layer = predictor.layers[0]
+    mixed = layer.depthwise(dense.T.reshape(1, 4, *shape)).reshape(4, 24).T
+    twin = predictor.head(dense + torch.nn.functional.gelu(layer.norm(layer.pointwise(mixed))))
+    torch.testing.assert_close(out[0], twin[target[0]])
+
+
+@pytest.mark.parametrize("name", ["transformer", "cross-attention"])
+def test_positions_that_the_encoder_does_not_give_are_refused(name):
+    context, index, tokens = scene()
+    with pytest.raises(ValueError, match="does not give its positions"):
+        predict(build(name, positions="encoder"), context, index, replace(tokens, positions=None), TARGET)
+    with pytest.raises(ValueError, match="heads=3 does not divide width=16"):
+        build(name, width=16, heads=3)
