@@ -52,7 +52,7 @@ def test_trap_f8_it_is_lightlys_lejepa_on_the_same_slices(globals_):
     loss, views = build("sigreg", globals=globals_, **SMALL), rows(9, views=4)
     theirs = lejepa_loss.LeJEPALoss(sigreg_num_vectors=7).double()
     chosen = loss.directions(6, views[0])
-    with mock.patch.object(lejepa_loss.SIGReg, "_generate_unit_vectors", lambda *a, **k: chosen):
+    with mock.patch.object(lejepa_loss.SIGReg, "_generate_unit_vectors", return_value=chosen):
         expected = theirs(global_proj=torch.stack(views[:globals_]), local_proj=torch.stack(views[globals_:]))
     out = loss(views)
     same(out["loss"], views, expected, rtol=1e-6)  # their knots are float32
@@ -102,7 +102,8 @@ def test_a_view_that_a_sample_lacks_is_not_in_its_mean():
 
 def test_contract():
     loss = build("sigreg", **SMALL)
-    assert loss.paired and not build("sigreg", weight=1.0).paired
+    assert loss.paired
+    assert not build("sigreg", weight=1.0).paired
     checks.check_invalid_rows_are_never_read(loss)
     checks.check_half_precision(loss)
     checks.check_few_rows(loss, 1)
