@@ -28,7 +28,7 @@ def test_of_three_views_it_is_the_mean_over_pairs():
 
 def test_against_collapse_alone_each_view_is_a_set_of_its_own():
     """The term of VJ-VCR: no row is compared, numbers of rows and widths may differ."""
-    loss, (a, _b) = build("vicreg", invariance=0.0, variance=1.0, covariance=1.0), rows(12)
+    loss, (a, _) = build("vicreg", invariance=0.0, variance=1.0, covariance=1.0), rows(12)
     assert not loss.paired
     assert build("vicreg").paired
     c = torch.randn(5, 3, dtype=torch.float64)
