@@ -82,21 +82,24 @@ class Root(nn.Module):
         return {field for objective in self.objectives.values() for field in cast(Objective, objective).raw()}
 
     def _rest(self) -> None:
-        """Freeze pool and projector of towers whose embedding no objective asks for: decay alone would move them."""
+        """Freeze what no objective reads: decay alone would move it, and processes would wait for its gradients."""
         asked, pooled = set[str](), set[str]()
         for objective in self.objectives.values():
             fields = cast(Objective, objective).embedded()
             asked |= {*self.fields} if fields is None else fields
             pooled |= cast(Objective, objective).pooled()
-        towers = {id(self.model.tower(self.fields[field])) for field in asked}
-        pools = {id(self.model.tower(self.fields[field])) for field in pooled}
-        for name in self.model.towers:
+        for name in self.model.towers if self.objectives else ():
             tower = self.model.tower(name)
-            if id(tower) in towers or not self.objectives:
-                continue
-            for part in (tower.projector,) if id(tower) in pools else (tower.pool, tower.projector):
+            own = {field for field, read_by in self.fields.items() if self.model.tower(read_by) is tower}
+            resting = (
+                [] if own & asked
+                else [tower.projector] if own & pooled
+                else [tower.pool, tower.projector] if own & self.raw
+                else [tower]
+            )  # fmt: skip
+            for part in resting:
                 if any(p.requires_grad for p in part.parameters()):
-                    logger.info("tower %s: no objective asks for its embedding; %s rests", name, type(part).__name__)
+                    logger.info("tower %s: no objective reads its %s, which rests", name, type(part).__name__)
                 part.requires_grad_(False)
 
     def compile_encoders(self) -> None:
