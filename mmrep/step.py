@@ -227,11 +227,22 @@ class Step:
         return self._fused[name]
 
     def computed(self) -> dict[str, Tensor]:
-        """The embeddings asked for so far, by field (``field.view`` past the first), detached, present rows only."""
-        return {
-            field if view == 0 else f"{field}.{view}": embedding.detach()[self.present(field)]
-            for (field, view), embedding in self._embeddings.items()
+        """What a collapse would show in, detached, present rows only.
+
+        The embeddings asked for so far, by field (``field.view`` past the first); pooled features, with ``/pooled``;
+        and the mean token of what the teacher encoded, with ``/teacher``: targets all alike are easy to predict.
+        """
+        found = {
+            _named(*key): embedding.detach()[self.present(key[0])] for key, embedding in self._embeddings.items()
         }
+        for key, features in self._pooled.items():
+            found[f"{_named(*key)}/pooled"] = features.detach()[self.present(key[0])]
+        for (field, view, _), encoding in self._taught.items():
+            grid = encoding.tokens.grid
+            weight = (grid.valid & ~grid.special).to(encoding.tokens.values.dtype)[..., None]
+            mean = (encoding.tokens.values * weight).sum(1) / weight.sum(1).clamp_min(1)
+            found[f"{_named(field, view)}/teacher"] = mean
+        return found
 
     def features(self, field: str) -> Tensor:
         """Pooled features of a frozen tower, float32 [B, width], without gradient; absent rows are zero."""
@@ -278,6 +289,10 @@ class Step:
                 params = {**params, **more}
             self._inputs[key] = collated, params
         return self._inputs[key]
+
+
+def _named(field: str, view: int) -> str:
+    return field if view == 0 else f"{field}.{view}"
 
 
 def idle(module: nn.Module) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -210,13 +210,19 @@ def _split(train: EncodedSet, test: EncodedSet, config: Any) -> tuple[np.ndarray
     y, answers, _ = _labelled(test, config.field)
     if config.per_class is None:
         return x, labels, y, answers
+    kept = few_labels(ids, labels, config.per_class)
+    return x[kept], [labels[i] for i in kept], y, answers
+
+
+def few_labels(ids: Sequence[str], labels: Sequence[str], per_class: int) -> list[int]:
+    """The places, ascending, of ``per_class`` samples of each label, chosen by a hash of their ids."""
     seen: Counter[str] = Counter()
     kept: list[int] = []
     for i in sorted(range(len(ids)), key=lambda i: stable_hash("label", ids[i])):
         seen[labels[i]] += 1
-        if seen[labels[i]] <= config.per_class:
+        if seen[labels[i]] <= per_class:
             kept.append(i)
-    return x[sorted(kept)], [labels[i] for i in sorted(kept)], y, answers
+    return sorted(kept)
 
 
 def _labelled(encoded: EncodedSet, field: str) -> tuple[np.ndarray, list[str], list[str]]:

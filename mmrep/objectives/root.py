@@ -39,7 +39,7 @@ class Root(nn.Module):
 
     Attributes:
         clock: where the run is; the trainer sets it before each step.
-        seen: the embeddings of the last forward pass on this process, by field, without graph, for who watches.
+        seen: of the last forward pass on this process, what `Step.computed` says, for who watches.
     """
 
     def __init__(

@@ -239,3 +239,12 @@ def test_what_cannot_be_is_refused(fields, message):
 def test_a_frozen_tower_is_refused():
     with pytest.raises(ConfigError, match="tower 'image' is frozen"):
         root(masked(), frozen=True)
+
+
+def test_what_the_teacher_makes_of_the_field_is_watched():
+    built = root(masked(target={"type": "teacher"}))
+    built(batch(built))
+    (name, seen), *rest = built.seen.items()
+    assert (name, rest) == ("x/teacher", [])
+    tokens = built.teacher.of(built.model.tower("image").encoder)(batch(built).inputs["x"][0]).tokens.values
+    torch.testing.assert_close(seen, tokens[:, 1:].mean(1))  # without the class token
