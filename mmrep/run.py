@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -230,7 +230,7 @@ class Run:
         return [*watch, *([Monitor(self, root)] if self.recipe.monitor else [])]
 
     def _loader(
-        self, model: Model, views: Mapping[str, list[View | None]], *, raw: set[str], rank: int, size: int
+        self, model: Model, views: Mapping[str, list[View | None]], *, raw: Collection[str] = (), rank: int, size: int
     ) -> BatchLoader:
         recipe, data = self.recipe, self.recipe.data
         encoders = {field: model.tower(tower).encoder for field, tower in recipe.data.fields.items()}

@@ -232,9 +232,7 @@ class Step:
         The embeddings asked for so far, by field (``field.view`` past the first); pooled features, with ``/pooled``;
         and the mean token of what the teacher encoded, with ``/teacher``: targets all alike are easy to predict.
         """
-        found = {
-            _named(*key): embedding.detach()[self.present(key[0])] for key, embedding in self._embeddings.items()
-        }
+        found = {_named(*key): embedding.detach()[self.present(key[0])] for key, embedding in self._embeddings.items()}
         for key, features in self._pooled.items():
             found[f"{_named(*key)}/pooled"] = features.detach()[self.present(key[0])]
         for (field, view, _), encoding in self._taught.items():

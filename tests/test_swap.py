@@ -73,10 +73,10 @@ def test_the_first_one(tmp_path):
 def test_a_run_that_lost_its_model_to_a_kill_finds_it_again(tmp_path):
     recipe = write_recipe(make_world(tmp_path))
     run = tmp_path / "run"
-    make(run / ".model-old", "old")
+    (make(run / ".model-old", "old") / "config.json").write_text("{}")
     shutil.copy(recipe, run / "config.yaml")
     open_run(run)
-    assert content(run / "model") == OLD
+    assert content(run / "model") == {**OLD, "config.json": "{}"}
     assert not (run / ".model-old").exists()
 
 

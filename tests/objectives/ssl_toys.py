@@ -22,7 +22,7 @@ from mmrep.world import LocalWorld
 from tests.toys import ToyConfig, ToyEncoder
 
 
-@encoders.register("ssl-toy")
+@encoders.register("toy-ssl")
 class SSLToy(ToyEncoder):
     supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
 
@@ -60,7 +60,7 @@ class Noise(View):
 def build(*objectives, fields=None, momentum=0.5, dropout=0.0, normalize=False, pool="attention", dim=6, seed=0):
     fields = {"x": "a"} if fields is None else fields
     torch.manual_seed(seed)
-    encoder = component("encoders", "ssl-toy", dropout=dropout)
+    encoder = component("encoders", "toy-ssl", dropout=dropout)
     both = {
         "a": TowerConfig(encoder=encoder, pool=component("pools", pool), projector=component("projectors", "mlp")),
         "b": TowerConfig(encoder=encoder, projector=component("projectors", "linear", bias=True)),
