@@ -6,6 +6,7 @@ How processes are started and whether they replicate (DDP) or shard (FSDP2) the 
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from datetime import timedelta
@@ -143,7 +144,12 @@ def share_buffers(module: nn.Module) -> None:
 
 
 def end_processes() -> None:
-    """Leave the other processes in order; a process that just exits can be aborted by its communication threads."""
+    """Leave the other processes in order; a process that just exits can be aborted by its communication threads.
+
+    They end when nobody refers to the group any more, and a trained module does until it is collected: a thread that
+    lets a tensor go while the interpreter closes is stopped inside C++, which aborts the process.
+    """
+    gc.collect()
     PartialState(cpu=_on_cpu()).destroy_process_group()
 
 

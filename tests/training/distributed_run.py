@@ -17,6 +17,7 @@ import torch.distributed as dist
 from mmrep.schedules import Schedule
 from mmrep.training import checkpoint
 from mmrep.training.contracts import Callback
+from mmrep.training.engine import end_processes
 from tests.training.toys import ToyLoader, ToyRoot, toy_trainer
 
 RANK, WORLD = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -129,4 +130,4 @@ if __name__ == "__main__":
         found = scenario(folder)
         (folder / f"{scenario.__name__}-{RANK}.json").write_text(json.dumps(found))
         dist.barrier()
-    dist.destroy_process_group()
+    end_processes()
