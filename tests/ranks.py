@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -40,4 +41,5 @@ def _rank(rank: int, function: Callable[..., Any], size: int, folder: str, argum
     result = function(*arguments)
     Path(folder, f"rank{rank}.json").write_text(json.dumps(result))
     dist.barrier()
+    gc.collect()  # or threads of the group may outlive it, and abort the process as it exits
     dist.destroy_process_group()
