@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmrep._encoder_checks import ENCODER_CHECKS, Subject
+from mmrep._encoder_checks import ENCODER_CHECKS
+from mmrep._encoder_subject import Subject
 from mmrep._loss_checks import LOSS_CHECKS, LossSubject
 from mmrep._mask_checks import MASK_CHECKS, MaskSubject
 from mmrep._tuple_loss_checks import TUPLE_LOSS_CHECKS, TupleLossSubject
@@ -50,7 +51,7 @@ def check_encoder(
         encoder: an instance (it is copied), or a class whose config has defaults for every field.
         expected_failures: check name to the reason why it cannot pass; it must fail.
         only: names of the checks to run, of `ENCODER_CHECKS`. None: all.
-        **options: of `mmrep._encoder_checks.Subject`: ``n`` examples, ``seed``, ``tolerance`` and ``no_gradient``
+        **options: of `mmrep._encoder_subject.Subject`: ``n`` examples, ``seed``, ``tolerance`` and ``no_gradient``
             (patterns of names of parameters that get no gradient, with the reason).
 
     Raises:
