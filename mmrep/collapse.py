@@ -32,19 +32,24 @@ class CollapseConfig:
 
     every: steps between two looks. after: steps that are not judged; an untrained tower is narrow. min_spread: least
     standard deviation per dimension, in units of that of a uniform sphere (1 = uniform, 0 = one point). min_rank: least
-    effective rank. patience: so many looks in a row must be bad. stop: end the run; else it is only said, once.
+    effective rank. max_plateau: a loss over K codes or prototypes above this share of log K knows nothing but their
+    number. patience: so many looks in a row must be bad. stop: end the run; else it is only said, once.
     """
 
     every: Annotated[int, Field(ge=1)] = 50
     after: Annotated[int, Field(ge=0)] = 100
     min_spread: Annotated[float, Field(ge=0)] = 0.05
     min_rank: Annotated[float, Field(ge=0)] = 2.0
+    max_plateau: Annotated[float, Field(gt=0)] = 0.995
     patience: Annotated[int, Field(ge=1)] = 3
     stop: bool = False
 
 
 class CollapseWatch(Callback):
-    """Logs ``spread/<field>`` and ``rank/<field>`` of the batch's embeddings, and speaks up when they are gone."""
+    """Logs ``spread/<field>`` and ``rank/<field>`` of the batch's embeddings.
+
+    It speaks up when they are gone, and when a loss over codes or prototypes stands still at log K.
+    """
 
     def __init__(self, config: CollapseConfig, root: Root) -> None:
         self.config = config
@@ -66,24 +71,39 @@ class CollapseWatch(Callback):
             spread, rank = measure(rows)
             figures = {f"spread/{field}": rows.new_tensor(spread), f"rank/{field}": rows.new_tensor(rank)}
             trainer.metrics.add(figures, 0)  # on the device, where the log adds up
-            if step > self.config.after:
-                self._judge(trainer, step, field, spread, rank)
+            fine = spread >= self.config.min_spread and rank >= self.config.min_rank
+            self._judge(trainer, step, field, fine, self._collapsed(field, spread, rank))
+        for name, share in self.root.plateaus.items():
+            # The share of a process is that of its own samples, scaled so that the mean over processes is the whole.
+            left = float(world().sum(share.detach().clone()) / world().size)
+            self._judge(trainer, step, name, left <= self.config.max_plateau, self._stuck(name, left))
 
-    def _judge(self, trainer: Trainer, step: int, field: str, spread: float, rank: float) -> None:
-        fine = spread >= self.config.min_spread and rank >= self.config.min_rank
-        self._bad[field] = 0 if fine else self._bad.get(field, 0) + 1
-        if self._bad[field] != self.config.patience:
+    def _judge(self, trainer: Trainer, step: int, what: str, fine: bool, message: str) -> None:
+        if step <= self.config.after:
             return
-        message = (
-            f"step {step}: the embeddings of {field!r} have collapsed: spread {spread:.3g} (1 is a uniform sphere, at "
-            f"least {self.config.min_spread:g} is asked), effective rank {rank:.3g} (at least "
-            f"{self.config.min_rank:g}). Usual causes: too high a learning rate, a predictive objective without a "
-            "teacher or a variance term, targets with a gradient, a temperature that ran away, one caption for all"
-        )
+        self._bad[what] = 0 if fine else self._bad.get(what, 0) + 1
+        if self._bad[what] != self.config.patience:
+            return
+        message = f"step {step}: {message}"
         if self.config.stop:
             raise CollapseError(f"{message}. Last checkpoint: {trainer.last_checkpoint or 'none'}")
         if trainer.is_main:
             logger.warning("%s. The run goes on (collapse.stop: true would end it)", message)
+
+    def _collapsed(self, field: str, spread: float, rank: float) -> str:
+        return (
+            f"the embeddings of {field!r} have collapsed: spread {spread:.3g} (1 is a uniform sphere, at "
+            f"least {self.config.min_spread:g} is asked), effective rank {rank:.3g} (at least "
+            f"{self.config.min_rank:g}). Usual causes: too high a learning rate, a predictive objective without a "
+            "teacher or a variance term, targets with a gradient, a temperature that ran away, one caption for all"
+        )
+
+    def _stuck(self, name: str, left: float) -> str:
+        return (
+            f"the loss of {name!r} is {left:.4g} of log K (at most {self.config.max_plateau:g} is asked): it knows "
+            "nothing but how many codes or prototypes there are. Usual causes: a teacher's temperature too near the "
+            "student's, centring without sharpening, codes that do not depend on the input, too low a learning rate"
+        )
 
 
 def measure(embeddings: Tensor) -> tuple[float, float]:

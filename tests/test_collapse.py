@@ -16,15 +16,16 @@ def sphere(n, d, seed=0):
     return torch.nn.functional.normalize(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
-def watch(embeddings, steps, **changes):
+def watch(embeddings, steps, plateaus=None, **changes):
     """Run the watch over ``steps`` looks; ``embeddings(step)`` is what the root has seen."""
-    root = SimpleNamespace(seen={})
+    root = SimpleNamespace(seen={}, plateaus={})
     said = []
     metrics = SimpleNamespace(add=lambda values, samples: said.append({k: float(v) for k, v in values.items()}))
     trainer = SimpleNamespace(metrics=metrics, is_main=True, last_checkpoint="checkpoints/step-00000400")
     callback = CollapseWatch(CollapseConfig(**{"every": 10, "after": 0, "patience": 3, **changes}), root)
     for step in range(1, steps + 1):
         root.seen = {"image": embeddings(step)}
+        root.plateaus = {} if plateaus is None else {"dino": torch.tensor(plateaus(step))}
         callback.on_step_end(trainer, step)
     return said
 
@@ -87,3 +88,25 @@ def test_stop_ends_the_run_and_names_the_checkpoint():
 
 def test_a_field_that_nobody_has_is_passed_over():
     assert watch(lambda step: torch.zeros(0, 16), 20) == []
+
+
+def healthy(step):
+    return sphere(64, 16, step)
+
+
+def test_a_loss_that_stays_at_log_k_is_told_once(caplog):
+    watch(healthy, 20, plateaus=lambda step: 1.0)
+    assert not caplog.text
+    watch(healthy, 80, plateaus=lambda step: 0.9999)
+    assert caplog.text.count("of log K") == 1
+    assert "'dino'" in caplog.text
+
+
+def test_a_loss_below_log_k_is_fine(caplog):
+    watch(healthy, 80, plateaus=lambda step: 0.95 if step % 30 else 1.0)
+    assert not caplog.text
+
+
+def test_a_run_stops_at_a_plateau_if_asked():
+    with pytest.raises(CollapseError, match="of log K"):
+        watch(healthy, 80, plateaus=lambda step: 1.0, stop=True)

@@ -6,6 +6,7 @@ predictor says something of each hidden one; a target says what that should have
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import field as default
 from dataclasses import replace
@@ -150,7 +151,10 @@ class Masked(Objective):
         return here if config.own else here & torch.stack([step.present(name) for name in config.given]).any(0)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        """See `Objective.forward`; parts are those of the target."""
+        """See `Objective.forward`; parts are those of the target.
+
+        Of codes also ``plateau``, the loss over log K: it stays at 1 where nothing but their number is known.
+        """
         config = cast(MaskedConfig, self.config)
         here, counted = step.present(config.field), self._counted(step)
         n = step.world.sum(counted.sum())
@@ -158,7 +162,8 @@ class Masked(Objective):
             towers = [step.tower(name).encoder for name in (config.field, *config.given)]
             nothing = sum((idle(encoder) for encoder in towers), idle(self))
             self.target.absent(step)
-            return {"loss": nothing * step.world.size + self.target.parts().get("loss", 0)}
+            loss = nothing * step.world.size
+            return {"loss": loss + self.target.parts().get("loss", 0), **self._plateau(nothing)}
         tokens = step.tokens(config.field, config.view)
         seeds = step.batch.seeds[here] + stable_hash(config.field, config.view, "mask", config.name)
         mask = self.masker(tokens.grid, seeds, step.clock.progress)
@@ -166,10 +171,15 @@ class Masked(Objective):
         wanted = self.target(step, config.field, config.view)
         each = self._each(predicted, wanted, target, mask.target.shape[1], seeds)
         loss = (each * counted[here]).sum() * (step.world.size / n.clamp_min(1))
-        parts = dict(self.target.parts())
+        parts = {**self.target.parts(), **self._plateau(loss)}
         if (extra := parts.pop("loss", None)) is not None:
             loss = loss + extra
         return {"loss": loss, **parts}
+
+    def _plateau(self, loss: Tensor) -> dict[str, Tensor]:
+        """The share of log K that is left, where the loss is a cross-entropy over K codes."""
+        codes = self.target.codes if self.loss is LOSSES["cross-entropy"] else 0
+        return {"plateau": loss.detach() / math.log(codes)} if codes > 1 else {}
 
     def predict(self, step: Step, tokens: Tokens, mask: Mask) -> tuple[Tensor, Tensor]:
         """What is predicted: [B * groups, Nt, width], and of which tokens: int64 [B * groups, Nt]."""

@@ -40,6 +40,7 @@ class Root(nn.Module):
     Attributes:
         clock: where the run is; the trainer sets it before each step.
         seen: of the last forward pass on this process, what `Step.computed` says, for who watches.
+        plateaus: of the same pass, by objective, the share of log K that is left of a loss over K codes or prototypes.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Root(nn.Module):
             names = [f"average.{name}" for name, _ in self.average.named_buffers()]
             self._ddp_params_and_buffers_to_ignore = names
         self.seen: dict[str, Tensor] = {}
+        self.plateaus: dict[str, Tensor] = {}
         self._cached: CachedStep | None = None
         self._shares = torch.zeros(0, 0)
 
@@ -138,7 +140,7 @@ class Root(nn.Module):
             self._cached = step = CachedStep(self.model, batch, passes=passes, **options)
             self._shares, scopes = self._shares_of_parts(step), ("batch",)
         report = self._report(step, self._of_scope(*scopes))
-        self.seen = step.computed()
+        self.seen, self.plateaus = step.computed(), _plateaus(report)
         return report
 
     def _report(self, step: Step, objectives: Mapping[str, Objective]) -> dict[str, Tensor]:
@@ -164,6 +166,8 @@ class Root(nn.Module):
             for key, value in part.items():
                 report[key] = report[key] + share * value.detach() if key in report else share * value.detach()
         self.seen = self.seen or step.computed()  # of no objective over the whole batch: those of one part
+        for key, value in _plateaus(report).items():
+            self.plateaus[key] = self.plateaus.get(key, 0) + value
         if number == cached.passes - 1:  # what has its gradient already still takes part in this reduction
             surrogate = surrogate + idle(self)
             self._cached = None
@@ -193,3 +197,7 @@ class Root(nn.Module):
             self.teacher.update(self.clock)
         if self.average is not None:
             self.average.update()
+
+
+def _plateaus(report: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removesuffix("/plateau"): value for key, value in report.items() if key.endswith("/plateau")}

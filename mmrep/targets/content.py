@@ -34,7 +34,8 @@ class ContentTarget(Target):
         content = tower.encoder.content(look(tower.encoder).inputs)
         self.vocabulary = content.vocabulary
         if content.vocabulary is not None:
-            self.width, self.losses = content.vocabulary, ("cross-entropy",)
+            self.width = self.codes = content.vocabulary
+            self.losses = ("cross-entropy",)
         elif content.points is not None:
             self.width, self.losses = content.values.shape[-1], ("chamfer",)
         else:

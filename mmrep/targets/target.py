@@ -24,11 +24,13 @@ class Target(nn.Module):
 
     Attributes:
         width: how many figures the predictor gives for each token: P, or the size of the vocabulary.
+        codes: how many codes there are to choose from in one codebook; 0 = it is not about codes.
         losses: names of the losses in `mmrep.losses.tokenwise` that make sense, the default first.
     """
 
     Config: ClassVar[type]
     width: int
+    codes: int = 0
     losses: tuple[str, ...] = ("mse",)
 
     def __init__(self, config: Any, tower: Tower) -> None:
