@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -195,6 +196,22 @@ def test_micro_batches_have_the_gradient_of_the_whole(fields):
     for (name, a), (_, b) in zip(built.named_parameters(), twin.named_parameters(), strict=True):
         if a.requires_grad:
             torch.testing.assert_close(a.grad, b.grad, msg=name)
+
+
+def test_a_loss_over_codes_tells_how_much_of_log_k_is_left_also_in_micro_batches():
+    built = root(masked(field="t"))
+    twin = copy.deepcopy(built)
+    whole = batch(built)
+    (objective,) = built.objectives.values()
+    loss = forward_backward(built, Accelerator(cpu=True), whole)["masked/loss"]
+    assert float(built.plateaus["masked"]) == pytest.approx(float(loss) / math.log(objective.target.width))
+    parts = [batch(twin, rows) for rows in ((0, 1), (2, 3), (4,))]  # the last has no text
+    cut = Batch(ids=whole.ids, present=whole.present, seeds=whole.seeds, parts=parts)
+    forward_backward(twin, Accelerator(cpu=True), cut)
+    assert float(twin.plateaus["masked"]) == pytest.approx(float(built.plateaus["masked"]))
+    pixels = root(masked())
+    pixels(whole)
+    assert pixels.plateaus == {}
 
 
 def test_a_tower_that_no_objective_reads_rests():
