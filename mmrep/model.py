@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import torch
 from huggingface_hub import ModelCard, ModelHubMixin
@@ -15,27 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmrep.config import Component, ConfigError, Of, component, config
-from mmrep.encoder import Encoder
 from mmrep.fusions import Fusion
 from mmrep.registry import UnknownNameError, near
-from mmrep.tokens import Encoding, Inputs
+from mmrep.temperature import Temperature, TemperatureConfig
+from mmrep.tower import Tower, TowerConfig
 
 if TYPE_CHECKING:
     from mmrep.embed.encode import Embeddings, Raw
-
-
-@config
-class TowerConfig:
-    """Encoder → pool → projector.
-
-    frozen: what gets no gradient and stays in eval mode. True: the encoder and the pool, while the projector trains;
-    ``"tower"``: the projector too, so that the embeddings stay what they are to the last bit.
-    """
-
-    encoder: Annotated[Component, Of("encoders")]
-    pool: Annotated[Component, Of("pools")] = field(default_factory=lambda: component("pools", "mean"))
-    projector: Annotated[Component, Of("projectors")] = field(default_factory=lambda: component("projectors", "linear"))
-    frozen: bool | Literal["tower"] = False
 
 
 @config
@@ -47,22 +32,6 @@ class FusionConfig:
 
     of: Annotated[dict[str, str], Field(min_length=1)]
     by: Annotated[Component, Of("fusions")] = field(default_factory=lambda: component("fusions", "mean"))
-
-
-@config
-class TemperatureConfig:
-    """How similarities become logits: ``scale * cosine + bias``.
-
-    scale: initial value, 1 / temperature. learned: train it. max_scale, min_scale: bounds applied after each step; a
-    start (or a loaded checkpoint) outside them widens them, so that nothing is cut by the first step. bias: initial
-    additive bias, for the sigmoid loss; None = no bias.
-    """
-
-    scale: Annotated[float, Field(gt=0)] = 1 / 0.07
-    learned: bool = True
-    max_scale: Annotated[float, Field(gt=0)] | None = 100.0
-    min_scale: Annotated[float, Field(gt=0)] = 1.0
-    bias: float | None = None
 
 
 @config
@@ -93,106 +62,6 @@ class ModelConfig:
                     )
         if problems:
             raise ConfigError(problems)
-
-
-class Temperature(nn.Module):
-    """A learned (or fixed) logit scale, kept in fp32 and as a logarithm, with an optional bias.
-
-    Both are kept in fp32 whatever the model is cast to: in bf16 a scale near 100 cannot move by less than 3 %.
-    """
-
-    def __init__(self, config: TemperatureConfig) -> None:
-        super().__init__()
-        self.config = config
-        # [1] rather than 0-D: FSDP2 shards dimension 0.
-        self.log_scale = nn.Parameter(_fp32(config.scale).log(), requires_grad=config.learned)
-        self.bias = None if config.bias is None else nn.Parameter(_fp32(config.bias), requires_grad=config.learned)
-        self._highest = self._lowest = config.scale
-
-    @property
-    def scale(self) -> Tensor:
-        """exp(log_scale), float32 [1], differentiable."""
-        return self.log_scale.exp()
-
-    @torch.no_grad()
-    def clamp_(self) -> None:
-        """Apply the bounds, after each optimizer step; inside forward they would kill the gradient."""
-        lowest = min(self.config.min_scale, self._lowest)
-        highest = None if self.config.max_scale is None else max(self.config.max_scale, self._highest)
-        self.log_scale.clamp_(math.log(lowest), None if highest is None else math.log(highest))
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        key = prefix + "log_scale"
-        if key in state_dict:  # older files hold a 0-D scale
-            state_dict[key] = state_dict[key].reshape(1)
-            stored: Any = state_dict[key]
-            stored = stored.full_tensor() if hasattr(stored, "full_tensor") else stored  # FSDP2: a shard may be empty
-            loaded = float(stored.float().exp())
-            # Only outwards: a run that began at 112 and resumes at 105 keeps its bound of 112.
-            self._highest, self._lowest = max(self._highest, loaded), min(self._lowest, loaded)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Temperature:
-        super()._apply(fn, recurse)
-        for parameter in self.parameters(recurse=False):
-            parameter.data = parameter.data.float()
-        return self
-
-
-class Tower(nn.Module):
-    """Encoder → pool → projector: the inputs of one field to embeddings [B, dim]."""
-
-    def __init__(self, config: TowerConfig, dim: int, *, normalize: bool = True, files: Path | None = None) -> None:
-        super().__init__()
-        self.config = config
-        self.dim = dim
-        self.normalize = normalize
-        self.encoder: Encoder = config.encoder.build(files=files)
-        native = config.pool.type == "native" and self.encoder.pooled_width is not None
-        width = self.encoder.pooled_width if native else self.encoder.width
-        self.pool = config.pool.build(width)
-        self.projector = config.projector.build(width, dim)
-        if config.frozen:
-            for part in self._frozen_parts():
-                part.requires_grad_(False)
-            self.train(self.training)
-
-    @property
-    def modality(self) -> str:
-        """The modality of the encoder."""
-        return self.encoder.modality
-
-    def train(self, mode: bool = True) -> Tower:
-        """Switch training mode; frozen parts stay in eval mode, so that their dropout and statistics rest."""
-        super().train(mode)
-        for part in self._frozen_parts():
-            part.eval()
-        return self
-
-    def _frozen_parts(self) -> list[nn.Module]:
-        if not self.config.frozen:
-            return []
-        return [self.encoder, self.pool, *([self.projector] if self.config.frozen == "tower" else [])]
-
-    def encoding(self, inputs: Inputs, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
-        """The encoder's tokens."""
-        if keep is None and not layers:
-            return self.encoder(inputs)
-        return self.encoder.encode(self.encoder.tokenize(inputs), keep, layers)
-
-    def features(self, inputs: Inputs) -> Tensor:
-        """Pooled, not projected: [B, width]."""
-        return self.pool(self.encoding(inputs))
-
-    def project(self, features: Tensor) -> Tensor:
-        """[B, width] to float32 [B, dim], of unit length if the model normalises; a model of doubles stays one."""
-        out = self.projector(features)
-        out = out if out.dtype == torch.float64 else out.float()
-        return F.normalize(out, dim=-1) if self.normalize else out
-
-    def forward(self, inputs: Inputs) -> Tensor:
-        """Inputs to embeddings, float32 [B, dim]."""
-        return self.project(self.features(inputs))
 
 
 class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feature-extraction"]):
@@ -364,10 +233,6 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         from mmrep.hub.card import model_card
 
         return model_card(self, **kwargs)
-
-
-def _fp32(value: float) -> Tensor:
-    return torch.tensor([value], dtype=torch.float32)
 
 
 def parameter_counts(model: Model) -> Mapping[str, tuple[int, int]]:

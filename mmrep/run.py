@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from mmrep._run_files import claim, save_model, scratch_folder
+from mmrep._run_fit import fit_encoders
 from mmrep._swap import heal_folder
 from mmrep._unused import freeze_unused
 from mmrep.collapse import CollapseWatch
@@ -28,7 +26,6 @@ from mmrep.data.limited import Limited
 from mmrep.data.loader import BatchLoader
 from mmrep.data.quarantine import Quarantine
 from mmrep.data.reader import Reader
-from mmrep.data.sample import Sample
 from mmrep.data.source import Source
 from mmrep.embed.memo import Memo
 from mmrep.embed.store import FeatureStore
@@ -50,8 +47,6 @@ from mmrep.training.trainer import Callback, Trainer
 from mmrep.views.view import View
 
 logger = logging.getLogger(__name__)
-_FIT_SAMPLES = 100_000
-_FITTED = ".fitted"
 
 
 class Run:
@@ -129,11 +124,33 @@ class Run:
                 raise ConfigError([f"no evaluation {name!r}{near(name, chosen)} Evaluations: {', '.join(chosen)}"])
         model = model or self.model
         untrained = cache(self.untrained)
-        errands = self._errands(model, untrained) if together else None
+        fields, own = self.recipe.data.fields, model is self.__dict__.get("model")
+
+        def embed(trained: bool, name: str | None) -> EncodedSet | None:
+            source = self.train_source if name is None else self.source(name)
+            encode = encode_together if together else encode_source
+            return encode(model if trained else untrained(), source, fields)
+
+        errands = Errands({"embed": embed}) if together else None
         if errands is not None and world().rank:
             errands.follow()
             return {}
-        bench = self._bench(model, untrained, errands)
+
+        def embedded(trained: bool, name: str | None) -> EncodedSet:
+            if trained and own and name in self._encoded:
+                return self._encoded[name]
+            found = cast(EncodedSet, embed(trained, name) if errands is None else errands.ask("embed", trained, name))
+            if trained and own and name is not None:
+                self._encoded[name] = found
+            return found
+
+        bench = Bench(
+            model=model, fields=dict(fields), untrained=untrained, train=lambda: self.train_source,
+            encoded=lambda name: embedded(True, name),
+            encoded_untrained=lambda name: embedded(False, name),
+            encoded_train=lambda: embedded(True, None),
+            encoded_train_untrained=lambda: embedded(False, None),
+        )  # fmt: skip
         results: Results = {}
         for name in names or list(chosen):
             rows: list[Row] = chosen[name].build().run(bench)
@@ -257,61 +274,12 @@ class Run:
             return Memo(store=FeatureStore(self.recipe.data.features), max_bytes=None)
         return Memo(store=FeatureStore(folder / "features" / str(rank)))
 
-    def _errands(self, model: Model, untrained: Callable[[], Model]) -> Errands:
-        """What the processes do together in an evaluation: embed a held-out source, or (None) the training source."""
-
-        def embed(trained: bool, name: str | None) -> EncodedSet | None:
-            source = self.train_source if name is None else self.source(name)
-            return encode_together(model if trained else untrained(), source, self.recipe.data.fields)
-
-        return Errands({"embed": embed})
-
-    def _bench(self, model: Model, untrained: Callable[[], Model], errands: Errands | None) -> Bench:
-        fields = dict(self.recipe.data.fields)
-        own = model is self.__dict__.get("model")
-
-        def embed(trained: bool, name: str | None) -> EncodedSet:
-            if trained and own and name in self._encoded:
-                return self._encoded[name]
-            if errands is not None:
-                found: EncodedSet = errands.ask("embed", trained, name)
-            else:
-                source = self.train_source if name is None else self.source(name)
-                found = encode_source(model if trained else untrained(), source, fields)
-            if trained and own and name is not None:
-                self._encoded[name] = found
-            return found
-
-        return Bench(
-            model=model, fields=fields, untrained=untrained, train=lambda: self.train_source,
-            encoded=lambda name: embed(True, name),
-            encoded_untrained=lambda name: embed(False, name),
-            encoded_train=lambda: embed(True, None),
-            encoded_train_untrained=lambda: embed(False, None),
-        )  # fmt: skip
-
     @cached_property
     def _fitted(self) -> dict[str, Path]:
         """Let every encoder learn what it needs (a tokenizer) from the training samples, once a run folder."""
-        files: dict[str, Path] = {}
         base = (self.folder or scratch_folder()) / "files"
         started = [] if self._start is None else self._start.towers
-        for name, tower in self.recipe.model.towers.items():
-            if name in started:
-                continue
-            folder = base / name
-            if world().rank == 0 and not (folder / _FITTED).is_file():
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-                tower.encoder.cls.fit(tower.encoder.config, _Column(self, name), folder)
-                if any(folder.iterdir()):
-                    (folder / _FITTED).touch()
-                else:
-                    folder.rmdir()
-            barrier()
-            if (folder / _FITTED).is_file():
-                files[name] = folder
-        return files
+        return fit_encoders(self.recipe, lambda: self.train_source, base, skip=started)
 
     def _source(self, path: str, chosen: Any) -> Source:
         source: Source = chosen.build()
@@ -325,20 +293,6 @@ class Run:
                     for field in missing
                 ])  # fmt: skip
         return Limited(source, SMOKE_SAMPLES) if self.smoke else source
-
-
-@dataclass
-class _Column:
-    """The raw training values that a tower will read, for `Encoder.fit`: read only if it asks."""
-
-    run: Run
-    tower: str
-
-    def __iter__(self) -> Any:
-        names = [f for f, t in self.run.recipe.data.fields.items() if t == self.tower]
-        for sample in islice(self.run.train_source.stream(), _FIT_SAMPLES):
-            if isinstance(sample, Sample):
-                yield from (sample.fields[name] for name in names if sample.fields.get(name) is not None)
 
 
 def open_run(folder: Path | str) -> Run:

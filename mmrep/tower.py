@@ -1,0 +1,86 @@
+"""A tower: encoder, pool and projector, from the inputs of one field to embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mmrep.config import Component, Of, component, config
+from mmrep.encoder import Encoder
+from mmrep.tokens import Encoding, Inputs
+
+
+@config
+class TowerConfig:
+    """Encoder → pool → projector.
+
+    frozen: what gets no gradient and stays in eval mode. True: the encoder and the pool, while the projector trains;
+    ``"tower"``: the projector too, so that the embeddings stay what they are to the last bit.
+    """
+
+    encoder: Annotated[Component, Of("encoders")]
+    pool: Annotated[Component, Of("pools")] = field(default_factory=lambda: component("pools", "mean"))
+    projector: Annotated[Component, Of("projectors")] = field(default_factory=lambda: component("projectors", "linear"))
+    frozen: bool | Literal["tower"] = False
+
+
+class Tower(nn.Module):
+    """Encoder → pool → projector: the inputs of one field to embeddings [B, dim]."""
+
+    def __init__(self, config: TowerConfig, dim: int, *, normalize: bool = True, files: Path | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.dim = dim
+        self.normalize = normalize
+        self.encoder: Encoder = config.encoder.build(files=files)
+        native = config.pool.type == "native" and self.encoder.pooled_width is not None
+        width = self.encoder.pooled_width if native else self.encoder.width
+        self.pool = config.pool.build(width)
+        self.projector = config.projector.build(width, dim)
+        if config.frozen:
+            for part in self._frozen_parts():
+                part.requires_grad_(False)
+            self.train(self.training)
+
+    @property
+    def modality(self) -> str:
+        """The modality of the encoder."""
+        return self.encoder.modality
+
+    def train(self, mode: bool = True) -> Tower:
+        """Switch training mode; frozen parts stay in eval mode, so that their dropout and statistics rest."""
+        super().train(mode)
+        for part in self._frozen_parts():
+            part.eval()
+        return self
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        if not self.config.frozen:
+            return []
+        return [self.encoder, self.pool, *([self.projector] if self.config.frozen == "tower" else [])]
+
+    def encoding(self, inputs: Inputs, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
+        """The encoder's tokens."""
+        if keep is None and not layers:
+            return self.encoder(inputs)
+        return self.encoder.encode(self.encoder.tokenize(inputs), keep, layers)
+
+    def features(self, inputs: Inputs) -> Tensor:
+        """Pooled, not projected: [B, width]."""
+        return self.pool(self.encoding(inputs))
+
+    def project(self, features: Tensor) -> Tensor:
+        """[B, width] to float32 [B, dim], of unit length if the model normalises; a model of doubles stays one."""
+        out = self.projector(features)
+        out = out if out.dtype == torch.float64 else out.float()
+        return F.normalize(out, dim=-1) if self.normalize else out
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Inputs to embeddings, float32 [B, dim]."""
+        return self.project(self.features(inputs))
