@@ -34,15 +34,15 @@ from mmrep.views.view import uniform
 
 @config
 class MaskedConfig(ObjectiveConfig):
-    """field: whose tokens are predicted. view: which of its views. target_view: the view that the target reads, if it is
-    another, whose tokens sit in the same places (the clean reading of a corrupted one).
+    """field: whose tokens are predicted. view: which of its views. target_view: the view that the target reads, if
+    another; its tokens sit in the same places (the clean reading of a corrupted one).
 
     input: what the encoder reads: only the ``visible`` tokens (MAE, I-JEPA), or all of them with a learned
     ``mask-token`` in the hidden places (SimMIM, BEiT, HuBERT), or ``unplaced``: the visible ones, and the hidden ones
-    with a learned vector instead of their position (DropPos). mask, predictor, target: see their registries. everywhere:
-    what is visible is predicted too. mask: null hides nothing and predicts everything, from a reading that a view has
-    corrupted. loss: by name; None = the target's first. negatives, temperature: of the loss ``contrastive`` alone; the distractors of a
-    token are other hidden tokens of its sample.
+    with a learned vector instead of their position (DropPos). mask, predictor, target: see their registries; mask: null
+    hides nothing and predicts everything, of a reading that a view has corrupted. everywhere: what is visible is
+    predicted too. loss: by name; None = the target's first. negatives, temperature: of the loss ``contrastive`` alone;
+    the distractors of a token are other hidden tokens of its sample.
 
     condition: the view's parameters that the predictor is told, and how many figures each has: ``{crop: 4}``. given:
     other fields of the sample, all of whose tokens the predictor gets too. own: it also gets the visible tokens of the
@@ -185,8 +185,8 @@ class Masked(Objective):
         wanted = self.target(step, config.field, config.view if config.target_view is None else config.target_view)
         if wanted.values.shape[:2] != tokens.values.shape[:2]:
             raise ValueError(
-                f"target_view: {config.target_view} has {tuple(wanted.values.shape[:2])} tokens, and view {config.view} "
-                f"of {config.field!r} {tuple(tokens.values.shape[:2])}: both must have one geometry"
+                f"target_view: view {config.target_view} has {tuple(wanted.values.shape[:2])} tokens and view "
+                f"{config.view} {tuple(tokens.values.shape[:2])}: both must have one geometry"
             )
         if self.chosen == "own":
             predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
