@@ -282,7 +282,8 @@ class Step:
             chosen = views[view] if view < len(views) else None
             params = self.batch.params[field][view] if field in self.batch.params else {}
             if chosen is not None:
-                seeds = self.batch.seeds[self.present(field)] + stable_hash(field, view)
+                number = view if chosen.follows is None else chosen.follows
+                seeds = self.batch.seeds[self.present(field)] + stable_hash(field, number)
                 collated, more = chosen.batch(collated, seeds)
                 params = {**params, **more}
             self._inputs[key] = collated, params

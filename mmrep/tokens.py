@@ -159,6 +159,21 @@ class Tokens:
         hidden = indicator(index, self.values.shape[1])[..., None]
         return replace(self, values=torch.where(hidden, token.to(self.values.dtype) + self.positions, self.values))
 
+    def unplace(self, index: Tensor, token: Tensor) -> Tokens:
+        """Replace where the tokens at ``index`` are by ``token``: only what they are made of stays.
+
+        Args:
+            index: int64 [B, K], positions among this object's tokens; -1 is an empty slot.
+            token: float [D], the learned stand-in for a position.
+
+        Raises:
+            ValueError: the encoder that made these tokens does not give positions.
+        """
+        if self.positions is None:
+            raise ValueError("these tokens come without positions: their encoder does not support 'mask_token'")
+        lost = indicator(index, self.values.shape[1])[..., None]
+        return replace(self, values=torch.where(lost, self.values - self.positions + token, self.values))
+
     def repeat(self, times: int) -> Tokens:
         """Every sample ``times`` times, one after the other: [B * times, N, D]."""
         if times == 1:

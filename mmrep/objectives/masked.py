@@ -28,19 +28,22 @@ from mmrep.objectives.objective import Objective, ObjectiveConfig
 from mmrep.predictors.predictor import Predictor, take
 from mmrep.registry import near
 from mmrep.step import Step, idle
-from mmrep.targets.target import Target, look
-from mmrep.tokens import Content, Grid, Mask, Tokens, keep_special
+from mmrep.targets.target import Reading, Target, look
+from mmrep.tokens import Content, Grid, Mask, Tokens, index_set, keep_special
 from mmrep.views.view import uniform
 
 
 @config
 class MaskedConfig(ObjectiveConfig):
-    """field: whose tokens are predicted. view: which of its views.
+    """field: whose tokens are predicted. view: which of its views. target_view: the view that the target reads, if
+    another; its tokens sit in the same places (the clean reading of a corrupted one).
 
     input: what the encoder reads: only the ``visible`` tokens (MAE, I-JEPA), or all of them with a learned
-    ``mask-token`` in the hidden places (SimMIM, BEiT, HuBERT). mask, predictor, target: see their registries. loss: by
-    name; None = the target's first. negatives, temperature: of the loss ``contrastive`` alone; the distractors of a
-    token are other hidden tokens of its sample.
+    ``mask-token`` in the hidden places (SimMIM, BEiT, HuBERT), or ``unplaced``: the visible ones, and the hidden ones
+    with a learned vector instead of their position (DropPos). mask, predictor, target: see their registries; mask: null
+    hides nothing and predicts everything, of a reading that a view has corrupted. everywhere: what is visible is
+    predicted too. loss: by name; None = the target's first. negatives, temperature: of the loss ``contrastive`` alone;
+    the distractors of a token are other hidden tokens of its sample.
 
     condition: the view's parameters that the predictor is told, and how many figures each has: ``{crop: 4}``. given:
     other fields of the sample, all of whose tokens the predictor gets too. own: it also gets the visible tokens of the
@@ -49,8 +52,10 @@ class MaskedConfig(ObjectiveConfig):
 
     field: str
     view: int = 0
-    input: Literal["visible", "mask-token"] = "visible"
-    mask: Annotated[Component, Of("masks")] = default(default_factory=lambda: component("masks", "random"))
+    target_view: int | None = None
+    input: Literal["visible", "mask-token", "unplaced"] = "visible"
+    mask: Annotated[Component | None, Of("masks")] = default(default_factory=lambda: component("masks", "random"))
+    everywhere: bool = False
     predictor: Annotated[Component, Of("predictors")] = default(
         default_factory=lambda: component("predictors", "transformer")
     )
@@ -83,7 +88,7 @@ class Masked(Objective):
             ])  # fmt: skip
         tower = model.tower(fields[config.field])
         self.__dict__["_tower"] = tower  # seen, not owned
-        self.masker: Masker = config.mask.build()
+        self.masker: Masker | None = None if config.mask is None else config.mask.build()
         try:
             self._refuse(config, model, fields)
             self.target: Target = config.target.build(tower)
@@ -97,21 +102,23 @@ class Masked(Objective):
             raise ConfigError([f"objectives.masked ({config.field}): {error}"]) from error
         self.given = Given(config.given, model, fields, tower.encoder.width) if config.given else None
         self.token = None
-        if config.input == "mask-token":
+        if config.input != "visible" and config.mask is not None:
             self.token = nn.Parameter(0.02 * torch.randn(tower.encoder.width))
         problems = list(self._problems(config))
         if problems:
             raise ConfigError([f"objectives.masked.{problem}" for problem in problems])
         chosen = config.loss or self.target.losses[0]
-        self.loss = None if chosen == "contrastive" else LOSSES[chosen]
+        self.loss = LOSSES.get(chosen)
+        self.chosen = chosen
 
     def _refuse(self, config: MaskedConfig, model: Model, fields: dict[str, str]) -> None:
         tower = model.tower(fields[config.field])
         if tower.config.frozen:
             raise ValueError(f"tower {fields[config.field]!r} is frozen: nothing would learn from its hidden tokens")
-        need = "mask_token" if config.input == "mask-token" else "drop_tokens"
-        if need not in tower.encoder.supports:
-            raise ValueError(unsupported(tower.encoder, need))
+        needs = {"visible": ["drop_tokens"], "mask-token": ["mask_token"], "unplaced": ["drop_tokens", "mask_token"]}
+        for need in needs[config.input] if config.mask is not None else ["tokens"]:
+            if need not in tower.encoder.supports:
+                raise ValueError(unsupported(tower.encoder, need))
 
     def _problems(self, config: MaskedConfig) -> Iterator[str]:
         allowed = self.target.losses
@@ -120,9 +127,21 @@ class Masked(Objective):
             yield f"loss: {config.loss!r} does not fit this target{hint} One of: {', '.join(allowed)}"
         if config.field in config.given:
             yield f"given: {config.field!r} is what is predicted"
-        if not config.own and (not config.given or config.input == "mask-token"):
+        if not config.own and (not config.given or config.input != "visible"):
             yield "own: false predicts from `given` fields alone: name some, and use input: visible"
-        if self.predictor.needs_hidden and config.input == "visible":
+        if config.input == "unplaced" and not self.predictor.needs_hidden:
+            yield (
+                f"predictor: {config.predictor.type!r} is told where tokens are, which input: unplaced hides; use "
+                "predictor: {type: tokenwise}"
+            )
+        if self.predictor.blanks and (config.everywhere or config.mask is None):
+            yield (
+                f"predictor: {config.predictor.type!r} knows nothing of the places that it predicts, and these are "
+                "all; use transformer or tokenwise"
+            )
+        if config.everywhere and config.input == "unplaced":
+            yield "everywhere: the visible tokens have their positions, which would be predicted; leave it out"
+        if self.predictor.needs_hidden and config.input == "visible" and config.mask is not None:
             yield (
                 f"predictor: {config.predictor.type!r} reads the encoder's output at the hidden places, which input: "
                 "visible does not compute; use input: mask-token, or predictor: {type: transformer}"
@@ -166,10 +185,20 @@ class Masked(Objective):
             return {"loss": loss + self.target.parts().get("loss", 0), **self._plateau(nothing)}
         tokens = step.tokens(config.field, config.view)
         seeds = step.batch.seeds[here] + stable_hash(config.field, config.view, "mask", config.name)
-        mask = self.masker(tokens.grid, seeds, step.clock.progress)
+        mask = self._mask(tokens.grid, seeds, step.clock.progress)
         predicted, target = self.predict(step, tokens, mask)
-        wanted = self.target(step, config.field, config.view)
-        each = self._each(predicted, wanted, target, mask.target.shape[1], seeds)
+        wanted = self.target(step, config.field, config.view if config.target_view is None else config.target_view)
+        if wanted.values.shape[:2] != tokens.values.shape[:2]:
+            raise ValueError(
+                f"target_view: view {config.target_view} has {tuple(wanted.values.shape[:2])} tokens and view "
+                f"{config.view} {tuple(tokens.values.shape[:2])}: both must have one geometry"
+            )
+        if self.chosen == "own":
+            predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
+            each = self.target.distance(step, predicted, wanted, target, Reading(config.field, config.view))
+            each = each.view(-1, mask.target.shape[1]).mean(1)
+        else:
+            each = self._each(predicted, wanted, target, mask.target.shape[1], seeds)
         loss = (each * counted[here]).sum() * (step.world.size / n.clamp_min(1))
         parts = {**self.target.parts(), **self._plateau(loss)}
         if (extra := parts.pop("loss", None)) is not None:
@@ -181,21 +210,38 @@ class Masked(Objective):
         codes = self.target.codes if self.loss is LOSSES["cross-entropy"] else 0
         return {"plateau": loss.detach() / math.log(codes)} if codes > 1 else {}
 
+    def _mask(self, grid: Grid, seeds: Tensor, progress: float) -> Mask:
+        if self.masker is not None:
+            return self.masker(grid, seeds, progress)
+        everything = index_set(grid.valid & ~grid.special)[:, None]
+        return Mask(visible=everything, target=everything)
+
     def predict(self, step: Step, tokens: Tokens, mask: Mask) -> tuple[Tensor, Tensor]:
         """What is predicted: [B * groups, Nt, width], and of which tokens: int64 [B * groups, Nt]."""
         config = cast(MaskedConfig, self.config)
         contexts, groups = mask.visible.shape[1], mask.target.shape[1]
         visible, target = mask.visible.flatten(0, 1), mask.target.flatten(0, 1)
         encoder = step.tower(config.field).encoder
-        if config.input == "visible":
+        if self.masker is None:
+            context = step.encoding(config.field, config.view).tokens
+            index = torch.arange(context.values.shape[1], device=target.device).expand(len(target), -1)
+        elif config.input == "visible":
             context = encoder.encode(tokens.repeat(contexts), visible).tokens
             index = keep_special(visible, tokens.grid.repeat(contexts))
             if contexts == 1 < groups:
                 context, index = context.repeat(groups), index.repeat_interleave(groups, 0)
+        elif config.input == "unplaced":
+            assert self.token is not None
+            shown = torch.cat([visible.repeat_interleave(groups // contexts, 0), target], 1)
+            unplaced = tokens.repeat(groups).unplace(target, self.token)
+            context, index = encoder.encode(unplaced, shown).tokens, keep_special(shown, unplaced.grid)
         else:
             assert self.token is not None
             context = encoder.encode(tokens.repeat(groups).hide(target, self.token)).tokens
             index = torch.arange(context.values.shape[1], device=target.device).expand(len(target), -1)
+        if config.everywhere:
+            marks = tokens.grid.valid & ~tokens.grid.special
+            target = index_set(marks.repeat_interleave(groups, 0))
         reached = 0
         if not config.own:
             reached = context.values.sum() * 0  # its encoder takes part in the processes' reduction of gradients

@@ -37,6 +37,7 @@ class ConvPredictor(Predictor):
     """
 
     Config = ConvPredictorConfig
+    blanks = True
 
     def __init__(self, config: ConvPredictorConfig, *, width: int, out: int, axes: int, condition: int = 0) -> None:
         super().__init__(config, width=width, out=out, axes=axes, condition=condition)

@@ -19,10 +19,12 @@ class Predictor(nn.Module):
     Attributes:
         needs_hidden: it reads the encoder's output at the hidden places too, so the encoder must have seen them as mask
             tokens (``input: mask-token``).
+        blanks: what the context says at the places that are predicted is taken for unknown.
     """
 
     Config: ClassVar[type]
     needs_hidden: bool = False
+    blanks: bool = False
 
     def __init__(self, config: Any, *, width: int, out: int, axes: int, condition: int = 0) -> None:
         super().__init__()

@@ -25,7 +25,8 @@ class Target(nn.Module):
     Attributes:
         width: how many figures the predictor gives for each token: P, or the size of the vocabulary.
         codes: how many codes there are to choose from in one codebook; 0 = it is not about codes.
-        losses: names of the losses in `mmrep.losses.tokenwise` that make sense, the default first.
+        losses: names of the losses in `mmrep.losses.tokenwise` that make sense, the default first; ``"own"`` is
+            `distance`.
     """
 
     Config: ClassVar[type]
@@ -45,6 +46,21 @@ class Target(nn.Module):
         """What the tokens of the samples that have the field are: [B, N, ...], as `Content` says."""
         raise NotImplementedError
 
+    def distance(self, step: Step, predicted: Tensor, wanted: Content, index: Tensor, reading: Reading) -> Tensor:
+        """The loss ``own``, of all that is predicted of a sample together, where no loss of single tokens will do.
+
+        Args:
+            step: the step.
+            predicted: float32 (or float64) [B * groups, Nt, width].
+            wanted: what `forward` returned, of B samples.
+            index: int64 [B * groups, Nt], of which tokens; -1 is an empty slot.
+            reading: which reading was predicted from.
+
+        Returns:
+            [B * groups]; 0 where nothing is predicted.
+        """
+        raise NotImplementedError
+
     def absent(self, step: Step) -> None:
         """No sample of this process has the field: take part in what `forward` sums over processes.
 
@@ -57,6 +73,14 @@ class Target(nn.Module):
 
     def after_optimizer_step(self) -> None:
         """Update codebooks. Called once per optimizer step."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A field and one of its views."""
+
+    field: str
+    view: int = 0
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,12 @@ class View:
 
     Attributes:
         role: what the reading is for: ``"global"``, ``"local"``, ``"context"``, ``"target"`` or ``"corrupt"``.
+        follows: number of the reading of the same field whose seeds `batch` is given; None = seeds of its own.
     """
 
     Config: ClassVar[type]
     role: str = "global"
+    follows: int | None = None
 
     def __init__(self, config: Any) -> None:
         self.config = config

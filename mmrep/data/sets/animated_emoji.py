@@ -62,17 +62,18 @@ class AnimatedEmojiConfig(SourceConfig):
 class AnimatedEmoji(RowSource):
     """One row per moving drawing whose concept has a name; the id is that of the concept.
 
-    Columns: ``video`` (path of an animated WebP, or ``{"array": uint8 [frames, size, size, 4], "fps": …}``),
-    ``caption`` (list of names), ``name`` (the English one), ``family``, ``concept``, ``frames`` (how many the file has)
-    and ``seconds`` (how long they last).
+    Columns: ``video`` (path of an animated WebP, or ``{"array": uint8 [frames, size, size, 4], "fps": …}``), ``frame``
+    (the same path, of which a picture is the first frame, or the middle one of the array), ``caption`` (list of names),
+    ``name`` (the English one), ``family``, ``concept``, ``frames`` (how many the file has) and ``seconds`` (how long
+    they last).
     """
 
     Config = AnimatedEmojiConfig
-    columns = ("video", "caption", "name", "family", "concept", "frames", "seconds")
+    columns = ("video", "frame", "caption", "name", "family", "concept", "frames", "seconds")
     config: AnimatedEmojiConfig
 
     def __init__(self, config: AnimatedEmojiConfig) -> None:
-        self.media_columns = ("video",) if config.frames else ()
+        self.media_columns = ("video", "frame") if config.frames else ()
         super().__init__(config)
         root = find(config.root, "", f"{_PACKAGES}/assets/*.webp", f"cd {config.root} && {COMMAND}")
         self._packages = sorted(root.glob(_PACKAGES))
@@ -104,7 +105,8 @@ class AnimatedEmoji(RowSource):
             row = self._rows[index]
             array = _decode(row["video"], self.config.frames, self.config.size)
             self._decoded[index] = {"array": array, "fps": self.config.frames / (row["seconds"] or 1.0)}
-        return {"video": self._decoded[index]}
+        decoded = self._decoded[index]
+        return {"video": decoded, "frame": decoded["array"][self.config.frames // 2]}
 
     def fingerprint(self) -> str:
         """The config, the versions of the packages, and names and sizes of the files."""
@@ -116,6 +118,7 @@ class AnimatedEmoji(RowSource):
 def _row(concept: Concept, file: Path, frames: int, seconds: float, languages: list[str]) -> dict[str, Any]:
     return {
         "video": file,
+        "frame": file,
         "caption": [name for code in languages for name in concept.names.get(code, ())] or None,
         "name": concept.name,
         "family": concept.family,
