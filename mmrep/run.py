@@ -179,6 +179,7 @@ class Run:
                 model, recipe.objectives, fields=recipe.data.fields, views=views, average=recipe.average,
                 memo=self._memo(self.folder, here.rank), teacher=recipe.teacher,
             )  # fmt: skip
+        root.fit(lambda field: _Column(self, (field,)))
         loader = self._loader(model, views, raw=root.raw, rank=here.rank, size=here.size)
         # A small set is judged after its first pass, a large one after a thousand samples.
         enough = 1000 if self.train_source.streaming else min(1000, len(self.train_source) // here.size)
@@ -303,7 +304,8 @@ class Run:
             if world().rank == 0 and not (folder / _FITTED).is_file():
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
-                tower.encoder.cls.fit(tower.encoder.config, _Column(self, name), folder)
+                read = tuple(f for f, t in self.recipe.data.fields.items() if t == name)
+                tower.encoder.cls.fit(tower.encoder.config, _Column(self, read), folder)
                 if any(folder.iterdir()):
                     (folder / _FITTED).touch()
                 else:
@@ -329,16 +331,15 @@ class Run:
 
 @dataclass
 class _Column:
-    """The raw training values that a tower will read, for `Encoder.fit`: read only if it asks."""
+    """The raw training values of some fields, for `Encoder.fit` and `Objective.fit`: read only if they ask."""
 
     run: Run
-    tower: str
+    fields: tuple[str, ...]
 
     def __iter__(self) -> Any:
-        names = [f for f, t in self.run.recipe.data.fields.items() if t == self.tower]
         for sample in islice(self.run.train_source.stream(), _FIT_SAMPLES):
             if isinstance(sample, Sample):
-                yield from (sample.fields[name] for name in names if sample.fields.get(name) is not None)
+                yield from (sample.fields[name] for name in self.fields if sample.fields.get(name) is not None)
 
 
 def open_run(folder: Path | str) -> Run:
