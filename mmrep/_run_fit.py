@@ -19,6 +19,19 @@ _SAMPLES = 100_000
 _DONE = ".fitted"
 
 
+@dataclass(frozen=True)
+class RawValues:
+    """The raw training values of some fields, for `Encoder.fit` and `Objective.fit`: read only if they ask."""
+
+    source: Callable[[], Source]
+    fields: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[Any]:
+        for sample in islice(self.source().stream(), _SAMPLES):
+            if isinstance(sample, Sample):
+                yield from (sample.fields[name] for name in self.fields if sample.fields.get(name) is not None)
+
+
 def fit_encoders(
     recipe: Recipe, source: Callable[[], Source], base: Path, *, skip: Collection[str] = ()
 ) -> dict[str, Path]:
@@ -41,8 +54,8 @@ def fit_encoders(
         if world().rank == 0 and not (folder / _DONE).is_file():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            fields = [field for field, read_by in recipe.data.fields.items() if read_by == name]
-            tower.encoder.cls.fit(tower.encoder.config, _Column(source, fields), folder)
+            fields = tuple(field for field, read_by in recipe.data.fields.items() if read_by == name)
+            tower.encoder.cls.fit(tower.encoder.config, RawValues(source, fields), folder)
             if any(folder.iterdir()):
                 (folder / _DONE).touch()
             else:
@@ -51,16 +64,3 @@ def fit_encoders(
         if (folder / _DONE).is_file():
             files[name] = folder
     return files
-
-
-@dataclass
-class _Column:
-    """The raw training values that a tower will read: read only if it asks."""
-
-    source: Callable[[], Source]
-    fields: list[str]
-
-    def __iter__(self) -> Iterator[Any]:
-        for sample in islice(self.source().stream(), _SAMPLES):
-            if isinstance(sample, Sample):
-                yield from (sample.fields[name] for name in self.fields if sample.fields.get(name) is not None)

@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 
 from mmrep._run_files import claim, save_model, scratch_folder
-from mmrep._run_fit import fit_encoders
+from mmrep._run_fit import RawValues, fit_encoders
 from mmrep._swap import heal_folder
 from mmrep._unused import freeze_unused
 from mmrep.collapse import CollapseWatch
@@ -196,6 +196,7 @@ class Run:
                 model, recipe.objectives, fields=recipe.data.fields, views=views, average=recipe.average,
                 memo=self._memo(self.folder, here.rank), teacher=recipe.teacher,
             )  # fmt: skip
+        root.fit(lambda field: RawValues(lambda: self.train_source, (field,)))
         loader = self._loader(model, views, raw=root.raw, rank=here.rank, size=here.size)
         # A small set is judged after its first pass, a large one after a thousand samples.
         enough = 1000 if self.train_source.streaming else min(1000, len(self.train_source) // here.size)

@@ -7,10 +7,10 @@ predictor says something of each hidden one; a target says what that should have
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import field as default
 from dataclasses import replace
-from typing import Annotated, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field
@@ -146,6 +146,10 @@ class Masked(Objective):
                 f"predictor: {config.predictor.type!r} reads the encoder's output at the hidden places, which input: "
                 "visible does not compute; use input: mask-token, or predictor: {type: transformer}"
             )
+
+    def fit(self, samples: Callable[[str], Iterable[Any]]) -> None:
+        """See `Objective.fit`: what the target learns."""
+        self.target.fit(samples(cast(MaskedConfig, self.config).field))
 
     def taught(self) -> list[nn.Module]:
         """See `Objective.taught`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -45,6 +46,13 @@ class Objective(nn.Module):
         Asked of objectives of scope ``"sample"`` alone, before their forward pass. The default is the samples.
         """
         return len(step.ids)
+
+    def fit(self, samples: Callable[[str], Iterable[Any]]) -> None:
+        """Learn, once and before the first step, what must be known by then, into buffers. The default learns nothing.
+
+        Args:
+            samples: the raw training values of a field, by its name, without views.
+        """
 
     def taught(self) -> list[nn.Module]:
         """Modules, of the model or its own, that need a teacher: see `Step.teacher`. The default needs none."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +103,14 @@ class Root(nn.Module):
                 if any(p.requires_grad for p in part.parameters()):
                     logger.info("tower %s: no objective reads its %s, which rests", name, type(part).__name__)
                 part.requires_grad_(False)
+
+    def fit(self, samples: Callable[[str], Iterable[Any]]) -> None:
+        """Let every objective learn what must be known before the first step; see `Objective.fit`.
+
+        A checkpoint that is read later brings what was learned then.
+        """
+        for objective in self.objectives.values():
+            cast(Objective, objective).fit(samples)
 
     def compile_encoders(self) -> None:
         """Compile every trained encoder's forward pass, in place: names in checkpoints stay as they are."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmrep.config import config
 from mmrep.predictors.predictor import Predictor, take
@@ -14,11 +16,16 @@ from mmrep.tokens import Tokens
 
 @config
 class TokenwiseConfig:
-    """depth: linear layers. hidden: width between them; None = that of the tokens. norm: a layer norm in front."""
+    """depth: linear layers. hidden: width between them; None = that of the tokens. norm: a layer norm in front.
+
+    cosine: behind these layers, which then end in ``hidden`` figures, the logits are cosines to a learned vector for
+    each code, over this temperature (HuBERT, arXiv:2106.07447, eq. 3: depth 1 and 0.1).
+    """
 
     depth: Annotated[int, Field(ge=1)] = 1
     hidden: Annotated[int, Field(ge=1)] | None = None
     norm: bool = False
+    cosine: Annotated[float, Field(gt=0)] | None = None
 
 
 class Tokenwise(Predictor):
@@ -36,13 +43,33 @@ class Tokenwise(Predictor):
             hidden = config.hidden or width
             layers += [nn.Linear(width, hidden), nn.GELU()]
             width = hidden
-        self.layers = nn.Sequential(*layers, nn.Linear(width, out))
+        if config.cosine is None:
+            layers.append(nn.Linear(width, out))
+        else:
+            layers += [nn.Linear(width, config.hidden or width), Cosines(config.hidden or width, out, config.cosine)]
+        self.layers = nn.Sequential(*layers)
 
     def forward(
         self, context: Tokens, index: Tensor, tokens: Tokens, target: Tensor, condition: Tensor | None = None
     ) -> Tensor:
         """See `Predictor.forward`."""
         return self.layers(take(context.values, places_in(index, target, tokens.grid.valid.shape[1])))
+
+
+class Cosines(nn.Module):
+    """Cosines [..., out] of vectors [..., width] to ``out`` learned ones, over a temperature; float32 (or float64)."""
+
+    def __init__(self, width: int, out: int, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.weight = nn.Parameter(torch.randn(out, width) * width**-0.5)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """See the class."""
+        values = values if values.dtype == torch.float64 else values.float()
+        with torch.autocast(values.device.type, enabled=False):
+            cosines = F.linear(F.normalize(values, dim=-1), F.normalize(self.weight.to(values.dtype), dim=-1))
+        return cosines / self.temperature
 
 
 def places_in(index: Tensor, target: Tensor, n: int) -> Tensor:

@@ -98,6 +98,10 @@ class Codebook(nn.Module):
 
     ``weight = decay * weight + (1 - decay) * count`` and ``code * weight`` likewise, for codes that were chosen (van
     den Oord et al. 2017, arXiv:1711.00937, appendix A.1). It starts at vectors of the first batch.
+
+    Attributes:
+        used: how many codes the last batch of this process used: the `perplexity` of their shares. ``weight`` does not
+            tell, since a code that is no longer chosen keeps its own.
     """
 
     def __init__(self, size: int, width: int, decay: float) -> None:
@@ -109,6 +113,7 @@ class Codebook(nn.Module):
         self.codes: Tensor
         self.weight: Tensor
         self.started: Tensor
+        self.used = torch.ones(())
         # Not a buffer: DDP would overwrite it between micro-batches, and after a step it is spent.
         self._seen: Tensor | None = None
 
@@ -121,6 +126,8 @@ class Codebook(nn.Module):
         if self.training and not bool(self.started):
             self._start(world.gather(values))
         chosen = nearest(values, self.codes)
+        counts = torch.bincount(chosen, minlength=len(self.codes)).float()
+        self.used = perplexity(counts / counts.sum().clamp_min(1))
         if self.training:
             seen = torch.zeros_like(self.codes[:, :1]).expand(-1, values.shape[1] + 1).clone()
             seen.index_add_(0, chosen, torch.cat([torch.ones_like(values[:, :1]), values], 1))

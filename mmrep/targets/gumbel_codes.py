@@ -49,9 +49,10 @@ class GumbelCodesConfig:
 class GumbelCodes(Target):
     """The quantiser of wav2vec 2.0 (Baevski et al. 2020, arXiv:2006.11477, section 2 and eq. 1 and 4).
 
-    What is quantised are the tokens as they come from ``tokenize``, less their positions. It has a gradient: the
-    straight-through one of the chosen codes, and that of the diversity of the codes over all tokens of all processes
-    (the paper: over the hidden ones; of micro-batches, over each).
+    What is quantised are the tokens as they come from ``tokenize``, less their positions, layer-normed without learned
+    factors (as the features of wav2vec 2.0 are): of small tokens the noise would choose the codes. It has a gradient:
+    the straight-through one of the chosen codes, and that of the diversity of the codes over all tokens of all
+    processes (the paper: over the hidden ones; of micro-batches, over each).
     """
 
     Config = GumbelCodesConfig
@@ -73,7 +74,7 @@ class GumbelCodes(Target):
         tokens = step.tokens(field, view)
         values = tokens.values if tokens.positions is None else tokens.values - tokens.positions
         B, N = tokens.grid.valid.shape
-        logits = self.logits(values).view(B, N, config.groups, config.codes)
+        logits = self.logits(F.layer_norm(values, values.shape[-1:])).view(B, N, config.groups, config.codes)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         soft = logits.softmax(-1)
         self._penalise(step, soft[tokens.grid.valid & ~tokens.grid.special])

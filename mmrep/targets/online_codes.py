@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmrep.config import config
 from mmrep.encoder import unsupported
 from mmrep.model import Tower
-from mmrep.targets._codebook import Codebook, Figures, perplexity, spread
+from mmrep.targets._codebook import Codebook, Figures, spread
 from mmrep.targets.random_projection import seen
 from mmrep.targets.target import Target
 from mmrep.targets.teacher import normalized
@@ -95,9 +95,8 @@ class OnlineCodes(Target):
             book(codes[:0], step.world)
 
     def parts(self) -> dict[str, Tensor]:
-        """See `Target.parts`: ``perplexity``, how many codes of a codebook were in use of late, on average."""
-        weights = torch.stack([cast(Codebook, book).weight for book in self.codebooks])
-        return {"perplexity": perplexity(weights / weights.sum(1, keepdim=True)).mean()}
+        """See `Target.parts`: ``perplexity``, how many codes of a codebook this batch uses, on average."""
+        return {"perplexity": torch.stack([cast(Codebook, book).used for book in self.codebooks]).mean()}
 
     def after_optimizer_step(self) -> None:
         """Move the codes."""

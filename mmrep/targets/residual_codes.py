@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmrep.config import config
 from mmrep.model import Tower
-from mmrep.targets._codebook import Codebook, Figures, perplexity, spread
+from mmrep.targets._codebook import Codebook, Figures, spread
 from mmrep.targets.random_projection import seen
 from mmrep.targets.target import Target
 from mmrep.tokens import Content
@@ -59,8 +59,8 @@ class ResidualCodes(Target):
         values, rows, content = self.figures(step, field, view)
         codes, rest = self._quantise(values)
         left = rest.square().sum() / values.square().sum().clamp_min(1e-12)
-        weights = torch.stack([cast(Codebook, book).weight for book in self.codebooks])
-        self._parts = {"left": left, "perplexity": perplexity(weights / weights.sum(1, keepdim=True)).mean()}
+        used = torch.stack([cast(Codebook, book).used for book in self.codebooks]).mean()
+        self._parts = {"left": left, "perplexity": used}
         codes = spread(codes, rows)
         return Content(codes, seen(content, codes), cast(ResidualCodesConfig, self.config).codes)
 

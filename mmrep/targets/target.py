@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -41,6 +42,14 @@ class Target(nn.Module):
     def taught(self, tower: Tower) -> list[nn.Module]:
         """The modules whose teacher this target reads with ``step.teacher.of(module)``. The default needs none."""
         return []
+
+    def fit(self, samples: Iterable[Any]) -> None:
+        """Learn, once and before the first step, what must be known by then (a codebook), into buffers.
+
+        Args:
+            samples: raw values of the field, of the training split only; read no more of them than needed. The default
+                learns nothing.
+        """
 
     def forward(self, step: Step, field: str, view: int = 0) -> Content:
         """What the tokens of the samples that have the field are: [B, N, ...], as `Content` says."""
