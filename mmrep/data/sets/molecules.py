@@ -176,9 +176,7 @@ def _bin(rows: list[tuple[str, dict[str, Any]]], parts: Mapping[str, Part], key:
     """Fill ``property_bin``; the quantiles are of the training part, whichever part is asked for."""
     known = [row[key] for name, row in rows if parts[name] == "train"]
     if not known:
-        raise ConfigError(
-            [f"property: no molecule with a {key} falls in the training part, whose quantiles are the bins"]
-        )
+        raise ConfigError([f"property: the bins are quantiles of the training part, which has no {key}"])
     edges = np.quantile(known, np.arange(1, bins) / bins)
     for _, row in rows:
         row["property_bin"] = int(np.searchsorted(edges, row[key], side="right"))

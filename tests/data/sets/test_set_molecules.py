@@ -85,7 +85,7 @@ def test_a_property_is_binned_by_the_quantiles_of_the_training_part(package, mon
     assert bins() == everything
     assert bins(split="test") == {"1-00-0": 0}
     assert bins(split="train", bins=2) == {"2-00-0": 0, "7-00-0": 1, "9-00-0": 1}  # cut at 107
-    with pytest.raises(ConfigError, match="which has no molecule with a boiling_point"):
+    with pytest.raises(ConfigError, match="which has no boiling_point"):
         build(package, property="boiling_point", split="test")
     with pytest.raises(ConfigError, match="name it: property: melting_point"):
         build(package, label="property_bin")
