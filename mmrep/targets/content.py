@@ -34,7 +34,8 @@ class ContentTarget(Target):
         content = tower.encoder.content(look(tower.encoder).inputs)
         self.vocabulary = content.vocabulary
         if content.vocabulary is not None:
-            self.width, self.losses = content.vocabulary, ("cross-entropy",)
+            one = ("sce", "cosine") if content.values.ndim == 2 else ()  # of one codebook
+            self.width, self.losses = content.vocabulary, ("cross-entropy", *one)
         elif content.points is not None:
             self.width, self.losses = content.values.shape[-1], ("chamfer",)
         else:
