@@ -49,6 +49,26 @@ RECIPE = {
     },
 }  # fmt: skip
 
+TABLE = {
+    "data": {
+        "train": {"type": "tumours"},
+        "fields": {"cells": "tabular"},
+        "evaluation": {"test": {"type": "tumours", "test": True}},
+        "cache": True,
+    },
+    "model": {"dim": 32, "towers": {"tabular": {"encoder": "tabular", "projector": "identity"}}},
+    "objectives": [
+        # T-JEPA (arXiv:2410.05016): from some columns, what a teacher makes of others, several masks at once.
+        {"type": "masked", "field": "cells", "mask": {"type": "random", "ratio": 0.5, "masks": 2},
+         "predictor": {"type": "transformer", "width": 32, "depth": 1, "heads": 2, "positions": "encoder"},
+         "target": "teacher"},
+    ],
+    "teacher": {"momentum": 0.99},
+    "train": {"steps": 80, "batch_size": 64, "precision": "fp32", "workers": 0, "save_every": 80},
+    "optim": {"lr": 2e-3},
+    "evaluations": {"probe": {"type": "linear-probe", "data": "test", "field": "cells", "baselines": ["untrained"]}},
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
@@ -90,6 +110,19 @@ def test_it_learns_in_a_tuple_with_holes(run, other):
     found = {row["who"]: row["R@1"] for row in rows if row["direction"] == f"touch→{other}"}
     assert found["model"] > 5 * found["chance"]
     assert found["model"] > found["untrained"]
+
+
+def test_columns_of_a_table_are_predicted_in_the_teachers_space(place):
+    assert "tabular: keeps the contract" in mmrep(place, "check", "tabular")
+    (place[0] / "table.yaml").write_text(yaml.safe_dump(TABLE))
+    mmrep(place, "train", "table.yaml", "--out", "table")
+    steps = [json.loads(line) for line in (place[0] / "table/metrics.jsonl").read_text().splitlines()]
+    losses = [step["masked/loss"] for step in steps if "masked/loss" in step]
+    assert losses[-1] < 0.8 * losses[0]
+    rows = json.loads((place[0] / "table/evaluation.json").read_text())["probe"]["rows"]
+    found = {row["who"]: row["accuracy"] for row in rows}
+    assert found["model"] > 0.9 > found["majority class"]  # a teacher of one point for all would be at the majority
+    assert not [step for step in steps if any("collapse" in key for key in step)]
 
 
 def test_it_is_saved_and_loaded_again_only_where_its_package_is(place, run):

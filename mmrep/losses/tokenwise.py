@@ -31,7 +31,10 @@ def smooth_l1(predicted: Tensor, target: Tensor, observed: Tensor | None = None)
 
 
 def cosine(predicted: Tensor, target: Tensor, observed: Tensor | None = None) -> Tensor:
-    """``1 - cos``."""
+    """``1 - cos``; of codes int64 [n], whose ``observed`` is [n] too, with their one-hot vectors."""
+    if not target.is_floating_point():
+        loss = 1 - F.normalize(predicted, dim=-1, eps=1e-8).gather(1, target[:, None])[:, 0]
+        return loss if observed is None else loss * observed
     if observed is None:
         return 1 - F.cosine_similarity(predicted, target, dim=-1)
     loss = 1 - F.cosine_similarity(predicted * observed, _known(target, observed), dim=-1)

@@ -10,11 +10,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import field as default
 from dataclasses import replace
+from itertools import combinations
 from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmrep.config import Component, ConfigError, Of, component, config
 from mmrep.data.sample import stable_hash
@@ -29,7 +31,7 @@ from mmrep.predictors.predictor import Predictor, take
 from mmrep.registry import near
 from mmrep.step import Step, idle
 from mmrep.targets.target import Reading, Target, look
-from mmrep.tokens import Content, Grid, Mask, Tokens, index_set, keep_special
+from mmrep.tokens import Content, Grid, Mask, Tokens, index_set, indicator, keep_special
 from mmrep.views.view import uniform
 
 
@@ -48,6 +50,9 @@ class MaskedConfig(ObjectiveConfig):
     condition: the view's parameters that the predictor is told, and how many figures each has: ``{crop: 4}``. given:
     other fields of the sample, all of whose tokens the predictor gets too. own: it also gets the visible tokens of the
     field itself; false = everything hidden is predicted from the given fields alone.
+
+    agreement: of several masks of a sample (``masks: 2``), the weight of ``1 - cos`` between what is predicted of a
+    token under two that both hide it (Point-CMAE, arXiv:2407.05862).
     """
 
     field: str
@@ -64,6 +69,7 @@ class MaskedConfig(ObjectiveConfig):
     condition: dict[str, Annotated[int, Field(ge=1)]] = default(default_factory=dict[str, int])
     given: tuple[str, ...] = ()
     own: bool = True
+    agreement: Annotated[float, Field(ge=0)] = 0.0
     negatives: Annotated[int, Field(ge=1)] = 100
     temperature: Annotated[float, Field(gt=0)] = 0.1
     weight: Annotated[float, Field(ge=0)] = 1.0
@@ -129,6 +135,8 @@ class Masked(Objective):
             yield f"given: {config.field!r} is what is predicted"
         if not config.own and (not config.given or config.input != "visible"):
             yield "own: false predicts from `given` fields alone: name some, and use input: visible"
+        if config.agreement and (config.mask is None or getattr(config.mask.config, "masks", 1) < 2):
+            yield "agreement: compares what several masks of a sample hide; use mask: {type: random, masks: 2}"
         if config.input == "unplaced" and not self.predictor.needs_hidden:
             yield (
                 f"predictor: {config.predictor.type!r} is told where tokens are, which input: unplaced hides; use "
@@ -174,7 +182,7 @@ class Masked(Objective):
         return here if config.own else here & torch.stack([step.present(name) for name in config.given]).any(0)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
-        """See `Objective.forward`; parts are those of the target.
+        """See `Objective.forward`; parts are those of the target, and ``agreement``, the mean of what it weighs.
 
         Of codes also ``plateau``, the loss over log K: it stays at 1 where nothing but their number is known.
         """
@@ -205,14 +213,18 @@ class Masked(Objective):
             each = self._each(predicted, wanted, target, mask.target.shape[1], seeds)
         loss = (each * counted[here]).sum() * (step.world.size / n.clamp_min(1))
         parts = {**self.target.parts(), **self._plateau(loss)}
+        if config.agreement:
+            apart = disagreement(predicted, target, mask.target.shape[1], tokens.grid.valid.shape[1])
+            loss = loss + config.agreement * (apart * counted[here]).sum() * (step.world.size / n.clamp_min(1))
+            parts["agreement"] = (1 - apart.detach()).mean()
         if (extra := parts.pop("loss", None)) is not None:
             loss = loss + extra
         return {"loss": loss, **parts}
 
     def _plateau(self, loss: Tensor) -> dict[str, Tensor]:
         """The share of log K that is left, where the loss is a cross-entropy over K codes."""
-        codes = self.target.codes if self.loss is LOSSES["cross-entropy"] else 0
-        return {"plateau": loss.detach() / math.log(codes)} if codes > 1 else {}
+        choices = self.target.choices if self.loss is LOSSES["cross-entropy"] else 0
+        return {"plateau": loss.detach() / math.log(choices)} if choices > 1 else {}
 
     def _mask(self, grid: Grid, seeds: Tensor, progress: float) -> Mask:
         if self.masker is not None:
@@ -304,3 +316,26 @@ class Masked(Objective):
     def after_optimizer_step(self) -> None:
         """See `Objective.after_optimizer_step`."""
         self.target.after_optimizer_step()
+
+
+def disagreement(predicted: Tensor, target: Tensor, groups: int, n: int) -> Tensor:
+    """The mean of ``1 - cos`` over the tokens and pairs of groups that both predict the token; 0 if none do: [B].
+
+    Args:
+        predicted: [B * groups, Nt, width].
+        target: int64 [B * groups, Nt], of which tokens; -1 is an empty slot.
+        groups: of a sample.
+        n: tokens of a sample.
+    """
+    B = len(target) // groups
+    predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
+    at = target.masked_fill(target < 0, n)[..., None].expand_as(predicted)
+    whole = predicted.new_zeros(B * groups, n + 1, predicted.shape[2]).scatter(1, at, predicted)[:, :n]
+    hidden = indicator(target, n).view(B, groups, n)
+    unit = F.normalize(whole, dim=-1, eps=1e-8).view(B, groups, n, -1)
+    total, count = predicted.new_zeros(B), predicted.new_zeros(B)
+    for a, b in combinations(range(groups), 2):
+        both = hidden[:, a] & hidden[:, b]
+        total = total + ((1 - (unit[:, a] * unit[:, b]).sum(-1)) * both).sum(1)
+        count = count + both.sum(1)
+    return total / count.clamp_min(1)

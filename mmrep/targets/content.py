@@ -34,8 +34,9 @@ class ContentTarget(Target):
         content = tower.encoder.content(look(tower.encoder).inputs)
         self.vocabulary = content.vocabulary
         if content.vocabulary is not None:
-            self.width = self.codes = content.vocabulary
-            self.losses = ("cross-entropy",)
+            books = 1 if content.values.ndim == 2 else content.values.shape[-1]
+            self.width, self.choices = content.vocabulary, content.vocabulary // books
+            self.losses = ("cross-entropy", *(("sce", "cosine") if books == 1 else ()))
         elif content.points is not None:
             self.width, self.losses = content.values.shape[-1], ("chamfer",)
         else:

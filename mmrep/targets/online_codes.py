@@ -59,7 +59,7 @@ class OnlineCodes(Target):
                 raise ValueError(unsupported(encoder, "layers"))
             if count > encoder.depth:
                 raise ValueError(f"layers: {count} of an encoder that has {encoder.depth}")
-        self.count, self.codes, self.width = count, config.codes, count * config.codes
+        self.count, self.choices, self.width = count, config.codes, count * config.codes
         self.codebooks = nn.ModuleList(Codebook(config.codes, width, config.decay) for _ in range(count))
         self.world: World = LocalWorld()
 

@@ -45,7 +45,7 @@ class RandomProjection(Target):
     def __init__(self, config: RandomProjectionConfig, tower: Tower) -> None:
         super().__init__(config, tower)
         self.figures = Figures(tower, config.settle)
-        self.width, self.codes = config.codebooks * config.codes, config.codes
+        self.width, self.choices = config.codebooks * config.codes, config.codes
         projection = torch.empty(config.codebooks, self.figures.width, config.dim)
         for matrix in projection:
             nn.init.xavier_uniform_(matrix)

@@ -46,7 +46,7 @@ class ResidualCodes(Target):
     def __init__(self, config: ResidualCodesConfig, tower: Tower) -> None:
         super().__init__(config, tower)
         self.figures = Figures(tower, config.settle)
-        self.width, self.codes = config.codebooks * config.codes, config.codes
+        self.width, self.choices = config.codebooks * config.codes, config.codes
         books = [Codebook(config.codes, self.figures.width, config.decay) for _ in range(config.codebooks)]
         self.codebooks = nn.ModuleList(books)
         self.world: World = LocalWorld()

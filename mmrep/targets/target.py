@@ -25,14 +25,14 @@ class Target(nn.Module):
 
     Attributes:
         width: how many figures the predictor gives for each token: P, or the size of the vocabulary.
-        codes: how many codes there are to choose from in one codebook; 0 = it is not about codes.
+        choices: how many codes there are to choose from in one codebook; 0 = it is not about codes.
         losses: names of the losses in `mmrep.losses.tokenwise` that make sense, the default first; ``"own"`` is
             `distance`.
     """
 
     Config: ClassVar[type]
     width: int
-    codes: int = 0
+    choices: int = 0
     losses: tuple[str, ...] = ("mse",)
 
     def __init__(self, config: Any, tower: Tower) -> None:

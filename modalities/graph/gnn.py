@@ -20,9 +20,10 @@ from mmrep.config import config
 from mmrep.modalities.graph._base import GraphEncoder
 from mmrep.modalities.graph._checkpoint import check_safetensors, load_checkpoint
 from mmrep.modalities.graph._embed import reads_edges
+from mmrep.modalities.graph._packed import Packed, convolution
 from mmrep.modalities.graph.read import Reading
 from mmrep.registry import require
-from mmrep.tokens import Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Encoding, Inputs, Tokens
 
 READS_EDGES = ("gin", "gat")
 """Convolutions that see edge features; `gcn` alone sees edge weights."""
@@ -81,7 +82,9 @@ class GraphGNN(GraphEncoder):
         self.width, self.depth = config.width, config.depth
         self.embed(config.width, config.width if config.conv in READS_EDGES else None)
         typed = self.edge_embedding is not None
-        self.convs = nn.ModuleList(_conv(geometric, config, typed) for _ in range(config.depth))
+        self.convs = nn.ModuleList(
+            convolution(geometric, config.conv, config.width, config.heads, typed=typed) for _ in range(config.depth)
+        )
         self.norms = nn.ModuleList(_norm(geometric, config) for _ in range(config.depth))
         self.jump = None if config.jump == "last" else geometric.JumpingKnowledge(config.jump)
         self.joined = nn.Linear(config.depth * config.width, config.width) if config.jump == "cat" else None
@@ -103,7 +106,7 @@ class GraphGNN(GraphEncoder):
         self.check_request(keep, layers)
         kept = tokens.keep(keep)
         grid = kept.grid
-        packed = _Packed(grid)
+        packed = Packed(grid)
         edge_values, weights = getattr(grid, "edge_values", None), getattr(grid, "edge_weights", None)
         values = packed.take(kept.values)
         outputs: list[Tensor] = []
@@ -118,7 +121,7 @@ class GraphGNN(GraphEncoder):
         return Encoding(Tokens(packed.put(self.norm(values)), grid), layers=asked)
 
     def _block(
-        self, conv: Any, norm: Any, values: Tensor, packed: _Packed, edge_values: Tensor | None, weights: Tensor | None
+        self, conv: Any, norm: Any, values: Tensor, packed: Packed, edge_values: Tensor | None, weights: Tensor | None
     ) -> Tensor:
         """Convolution, norm, ReLU, dropout, residual."""
         if self.edge_embedding is not None and edge_values is not None:
@@ -134,45 +137,6 @@ class GraphGNN(GraphEncoder):
             out = norm(out)
         out = F.dropout(F.relu(out), self.config.dropout, self.training)
         return values + out if self.config.residual else out
-
-
-class _Packed:
-    """The valid tokens of a batch one after another, as torch_geometric takes them.
-
-    Attributes:
-        edges: int64 [2, E], among the packed nodes. graph: int64 [M], the row of the batch that each comes from.
-        graphs: B.
-    """
-
-    def __init__(self, grid: Grid) -> None:
-        assert grid.edges is not None
-        self.shape = grid.valid.shape
-        self.graphs = len(grid.valid)
-        flat = grid.valid.flatten()
-        self.index = flat.nonzero()[:, 0]
-        self.edges = (flat.cumsum(0) - 1)[grid.edges]
-        self.graph = self.index // max(self.shape[1], 1)
-
-    def take(self, values: Tensor) -> Tensor:
-        """[B, N, D] to [M, D]."""
-        return values.flatten(0, 1)[self.index]
-
-    def put(self, values: Tensor) -> Tensor:
-        """[M, D] to [B, N, D]; padding is zero."""
-        padded = values.new_zeros(self.shape[0] * self.shape[1], values.shape[1])
-        return padded.index_copy(0, self.index, values).view(*self.shape, values.shape[1])
-
-
-def _conv(geometric: Any, config: GraphGNN.Config, typed: bool) -> nn.Module:
-    D = config.width
-    if config.conv == "gin":
-        mlp = nn.Sequential(nn.Linear(D, 2 * D), nn.ReLU(), nn.Linear(2 * D, D))
-        return geometric.GINEConv(mlp, train_eps=True) if typed else geometric.GINConv(mlp, train_eps=True)
-    if config.conv == "gcn":
-        return geometric.GCNConv(D, D)
-    if config.conv == "sage":
-        return geometric.SAGEConv(D, D)
-    return geometric.GATConv(D, D // config.heads, heads=config.heads, edge_dim=D if typed else None)
 
 
 def _norm(geometric: Any, config: GraphGNN.Config) -> nn.Module:

@@ -163,6 +163,38 @@ def test_what_is_not_the_fields_own_is_predicted_from_the_given_alone():
     assert any(p.grad.abs().sum() > 0 for p in built.model.tower("text").encoder.parameters())
 
 
+def test_what_two_masks_hide_is_predicted_alike():
+    fields = {"mask": {"type": "random", "ratio": 0.6, "masks": 3}}
+    built, plain = root(masked(agreement=0.5, **fields)), root(masked(**fields))
+    given = batch(built)
+    (objective,) = built.objectives.values()
+    tokens, mask = drawn(built, given)
+    encoder, apart = built.model.tower("image").encoder, []
+    for i in range(N):
+        one, said = Tokens(tokens.values[i : i + 1], _row(tokens.grid, i)), []
+        for k in range(3):
+            visible, hidden = mask.visible[i : i + 1, k], mask.target[i : i + 1, k]
+            context = encoder.encode(one, visible).tokens
+            index = torch.cat([torch.zeros(1, 1, dtype=torch.long), visible], 1)
+            said.append(dict(zip(hidden[0].tolist(), objective.predictor(context, index, one, hidden)[0], strict=True)))
+        pairs = [(a, b) for a, b in ((0, 1), (0, 2), (1, 2))]
+        cosines = [
+            F.cosine_similarity(said[a][t], said[b][t], dim=0) for a, b in pairs for t in said[a] if t in said[b]
+        ]
+        assert 0 < len(cosines) < 30
+        apart.append(1 - torch.stack(cosines).mean())
+    twin = plain(given)["loss"] + 0.5 * torch.stack(apart).mean()
+    out = built(given)
+    torch.testing.assert_close(out["loss"], twin)
+    torch.testing.assert_close(out["masked/agreement"], 1 - torch.stack(apart).mean().detach())
+    ours = torch.autograd.grad(out["loss"], list(encoder.parameters()))
+    slow = torch.autograd.grad(0.5 * torch.stack(apart).mean(), list(encoder.parameters()))
+    same = list(plain.model.tower("image").encoder.parameters())
+    rest = torch.autograd.grad(plain(given)["loss"], same)
+    for a, b, c in zip(ours, slow, rest, strict=True):
+        torch.testing.assert_close(a, b + c, rtol=1e-3, atol=1e-6)
+
+
 class Told(View):
     factor = 1.0
 
@@ -184,6 +216,7 @@ def test_the_predictor_is_told_the_parameters_of_the_view(monkeypatch):
 @pytest.mark.parametrize("fields", [
     {}, {"target": {"type": "teacher"}, "mask": {"type": "random", "masks": 2}}, {"given": ["t"]},
     {"given": ["t"], "own": False}, {"input": "mask-token", "predictor": {"type": "tokenwise"}},
+    {"agreement": 0.5, "mask": {"type": "random", "masks": 2}},
 ])  # fmt: skip
 def test_micro_batches_have_the_gradient_of_the_whole(fields):
     built = root(masked(**fields))
@@ -245,6 +278,7 @@ def test_the_teacher_follows_by_the_clock():
     ({"given": ["u"]}, "unknown field 'u'"),
     ({"given": ["x"]}, "given: 'x' is what is predicted"),
     ({"own": False}, "own: false predicts from `given` fields alone"),
+    ({"agreement": 1.0}, "agreement: compares what several masks of a sample hide"),
     ({"loss": "chamfer"}, "loss: 'chamfer' does not fit this target"),
     ({"predictor": {"type": "tokenwise"}}, "use input: mask-token"),
 ])  # fmt: skip

@@ -80,6 +80,15 @@ def test_gradients_are_finite_where_vectors_or_points_coincide(name, target):
         torch.testing.assert_close(loss, torch.zeros_like(loss), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["sce", "cosine"])
+def test_cosines_with_codes_are_those_with_one_hot_vectors(name):
+    p, codes = numbers(N, K).requires_grad_(), torch.tensor([0, 5, 2, 2, 1])
+    vectors = F.one_hot(codes, K).double()
+    both(LOSSES[name](p, codes), torch.stack([slow(name, p[i], vectors[i], ...) for i in range(N)]), p)
+    observed = torch.tensor([True, False, True, True, False])
+    torch.testing.assert_close(LOSSES[name](p, codes, observed), LOSSES[name](p, codes) * observed)
+
+
 def test_cross_entropy_takes_codes_several_codebooks_and_probabilities():
     logits = numbers(N, 4).requires_grad_()
     codes = torch.tensor([0, 3, 2, 1, 1])

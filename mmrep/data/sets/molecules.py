@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
-from mmrep.config import config
+from mmrep.config import ConfigError, config
 from mmrep.data.sample import stable_hash
 from mmrep.data.sets._packages import find_module, python_version, sizes
 from mmrep.data.sets._rows import RowSource
@@ -31,6 +32,10 @@ _FILES = ("chemical identifiers pubchem small.tsv", "chemical identifiers pubche
 _CID, _CAS, _FORMULA, _WEIGHT, _SMILES, _INCHI, _KEY, _IUPAC, _COMMON, _SYNONYMS = range(10)
 _WORDS = re.compile(r"[a-z][a-z' -]*[a-z]")  # no locants, brackets or registry numbers
 _ALWAYS_TRAINED = "c1ccccc1"
+_POINTS = {
+    "boiling_point": ("Yaws Boiling Points.tsv", "Tb"),
+    "melting_point": ("OpenNotebook Melting Points.tsv", "Tm"),
+}
 _ELEMENT = re.compile(r"([A-Z][a-z]?)(\d*)")
 
 
@@ -42,6 +47,9 @@ class MoleculesConfig(SplitConfig):
     whose common name has letters only and is not their IUPAC name; ``common`` = any common name; ``iupac``. synonyms:
     how many further names of letters only ``name`` lists. salts: also what consists of several parts. max_heavy_atoms:
     leave out larger molecules. limit: keep so many, chosen by a hash; None = all.
+
+    property: leave out molecules of which this is not known, and fill the column ``property_bin``, which is then the
+    ``label`` for probes: in which of ``bins`` equal parts of the training molecules its value falls, 0 the lowest.
     """
 
     root: str | None = None
@@ -50,7 +58,14 @@ class MoleculesConfig(SplitConfig):
     salts: bool = False
     max_heavy_atoms: Annotated[int, Field(ge=1)] | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
+    property: Literal["boiling_point", "melting_point"] | None = None
+    bins: Annotated[int, Field(ge=2)] = 3
     group: str | None = "common"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label == "property_bin" and self.property is None:
+            raise ConfigError(["label: 'property_bin' is a bin of a property; name it: property: melting_point"])
 
 
 class Molecules(RowSource):
@@ -58,8 +73,8 @@ class Molecules(RowSource):
 
     Columns: ``smiles``, ``name`` (list: the chosen name, then synonyms), ``common`` and ``iupac`` (names), ``formula``
     (as in ``C2H6O``), ``molecular_weight`` (g/mol), ``boiling_point`` (kelvin at one atmosphere, from Yaws' table where
-    it has the molecule), ``heavy_atoms`` (how many are not hydrogen) and ``cas``. Molecules of one common name are
-    positives of each other.
+    it has the molecule), ``melting_point`` (kelvin, from the Open Notebook collection), ``property_bin``,
+    ``heavy_atoms`` (how many are not hydrogen) and ``cas``. Molecules of one common name are positives of each other.
 
     Of the rows with one id the first is kept, from the smaller file of common chemicals before the larger. A split
     needs rdkit, and the default choice of molecules takes five seconds; ``split: all`` needs neither.
@@ -67,19 +82,25 @@ class Molecules(RowSource):
 
     Config = MoleculesConfig
     columns = (
-        "smiles", "name", "common", "iupac", "formula", "molecular_weight", "boiling_point", "heavy_atoms", "cas",
+        "smiles", "name", "common", "iupac", "formula", "molecular_weight", "boiling_point", "melting_point",
+        "property_bin", "heavy_atoms", "cas",
     )  # fmt: skip
     config: MoleculesConfig
 
     def __init__(self, config: MoleculesConfig) -> None:
         super().__init__(config)
         self._folder = find_module("chemicals", config.root, "Identifiers", _FILES[0], COMMAND)
-        boiling = _boiling_points(self._folder.parent)
-        rows = [(name, _row(cells, boiling, config)) for name, cells in _molecules(self._folder, config)]
+        points = {key: _points(self._folder.parent, *file) for key, file in _POINTS.items()}
+        rows = [(name, _row(cells, points, config)) for name, cells in _molecules(self._folder, config)]
+        if config.property is not None:
+            rows = [row for row in rows if row[1][config.property] is not None]
         if config.limit is not None:
             rows = sorted(rows, key=lambda row: stable_hash("limit", config.seed, row[0]))[: config.limit]
-        if config.split != "all":
-            rows = [row for row in rows if _part(_scaffold(row[1]["smiles"]) or row[0], config) == config.split]
+        if config.split != "all" or config.property is not None:
+            parts = {name: _part(_scaffold(row["smiles"]) or name, config) for name, row in rows}
+            if config.property is not None:
+                _bin(rows, parts, config.property, config.bins)
+            rows = [row for row in rows if config.split in ("all", parts[row[0]])]
         self.set_rows(sorted(rows, key=lambda row: row[0]), f"split: no molecule falls in {config.split!r}")
 
     def fingerprint(self) -> str:
@@ -124,7 +145,7 @@ def _heavy_atoms(formula: str) -> int:
     return sum(int(count or 1) for element, count in _ELEMENT.findall(formula) if element != "H")
 
 
-def _row(cells: list[str], boiling: Mapping[str, float], config: MoleculesConfig) -> dict[str, Any]:
+def _row(cells: list[str], points: Mapping[str, Mapping[str, float]], config: MoleculesConfig) -> dict[str, Any]:
     first = cells[_IUPAC] if config.names == "iupac" else cells[_COMMON]
     names = dict.fromkeys([first])
     if config.synonyms and len(cells) > _SYNONYMS:
@@ -137,7 +158,8 @@ def _row(cells: list[str], boiling: Mapping[str, float], config: MoleculesConfig
         "iupac": cells[_IUPAC] or None,
         "formula": cells[_FORMULA] or None,
         "molecular_weight": _number(cells[_WEIGHT]),
-        "boiling_point": boiling.get(cells[_CAS]),
+        **{key: found.get(cells[_CAS]) for key, found in points.items()},
+        "property_bin": None,
         "heavy_atoms": _heavy_atoms(cells[_FORMULA]),
         "cas": cells[_CAS] or None,
     }
@@ -150,13 +172,23 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _boiling_points(package: Path) -> dict[str, float]:
-    """CAS number → normal boiling point in kelvin."""
-    file = package / "Phase Change" / "Yaws Boiling Points.tsv"
+def _bin(rows: list[tuple[str, dict[str, Any]]], parts: Mapping[str, Part], key: str, bins: int) -> None:
+    """Fill ``property_bin``; the quantiles are of the training part, whichever part is asked for."""
+    known = [row[key] for name, row in rows if parts[name] == "train"]
+    if not known:
+        raise ConfigError([f"property: the bins are quantiles of the training part, which has no {key}"])
+    edges = np.quantile(known, np.arange(1, bins) / bins)
+    for _, row in rows:
+        row["property_bin"] = int(np.searchsorted(edges, row[key], side="right"))
+
+
+def _points(package: Path, name: str, column: str) -> dict[str, float]:
+    """CAS number → kelvin, of one of the package's tables."""
+    file = package / "Phase Change" / name
     if not file.is_file():
         return {}
     with file.open(encoding="utf-8", errors="replace", newline="") as lines:
-        found = {row["CAS"]: _number(row["Tb"] or "") for row in csv.DictReader(lines, delimiter="\t")}
+        found = {row["CAS"]: _number(row[column] or "") for row in csv.DictReader(lines, delimiter="\t")}
     return {cas: kelvin for cas, kelvin in found.items() if kelvin is not None}
 
 

@@ -8,6 +8,7 @@ import pytest
 from set_fakes import files
 
 from mmrep.config import ConfigError, component
+from mmrep.data.sets import molecules as module
 from mmrep.data.sets.molecules import Molecules, MoleculesConfig, _heavy_atoms, _scaffold
 
 
@@ -36,6 +37,7 @@ def package(tmp_path):
         "Identifiers/chemical identifiers pubchem small.tsv": "\n".join(small) + "\n",
         "Identifiers/chemical identifiers pubchem large.tsv": "\n".join(large) + "\n",
         "Phase Change/Yaws Boiling Points.tsv": "CAS\tTb\n1-00-0\t351.39\n9-00-0\t\n",
+        "Phase Change/OpenNotebook Melting Points.tsv": "CAS\tTm\n1-00-0\t101\n2-00-0\t102\n7-00-0\t107\n9-00-0\t109\n",
     })  # fmt: skip
 
 
@@ -48,8 +50,8 @@ def test_a_row_is_a_molecule(package):
     rows = {source[i].id: source[i] for i in range(len(source))}
     assert rows["LFQSCWFLJHTTHZ"].fields == {
         "smiles": "CCO", "name": ["alcohol", "grain alcohol", "ethyl alcohol"], "common": "alcohol",
-        "iupac": "ethanol", "formula": "C2H6O", "molecular_weight": 12.5, "boiling_point": 351.39, "heavy_atoms": 3,
-        "cas": "1-00-0",
+        "iupac": "ethanol", "formula": "C2H6O", "molecular_weight": 12.5, "boiling_point": 351.39,
+        "melting_point": 101.0, "heavy_atoms": 3, "cas": "1-00-0",
     }  # fmt: skip
     assert rows["LFQSCWFLJHTTHZ"].group == "alcohol"
     assert set(rows["not a molecule"].fields) == {"smiles", "name", "common", "iupac", "heavy_atoms", "cas"}
@@ -67,6 +69,26 @@ def test_which_molecules_there_are(package):
     assert ids(names="common") == words | {"2-00-0", "4-00-0"}
     assert ids(max_heavy_atoms=4) == {"1-00-0", "6-00-0", "7-00-0"}
     assert build(package, names="iupac").column("name")[0] == ["(1S)-1-aminoethanol"]
+
+
+def test_a_property_is_binned_by_the_quantiles_of_the_training_part(package, monkeypatch):
+    # 1, 7 and 9 melt at 101, 107 and 109; 2 and 9 are benzene's, which always trains, and 1 is held out here.
+    monkeypatch.setattr(module, "_part", lambda scaffold, config: "test" if scaffold == "CCC" else "train")
+
+    def bins(**fields):
+        source = build(package, names="common", property="melting_point", label="property_bin", **fields)
+        assert [source[i].label for i in range(len(source))] == source.column("property_bin")
+        return dict(zip(source.column("cas"), source.column("property_bin"), strict=True))
+
+    pytest.importorskip("rdkit")
+    everything = {"1-00-0": 0, "2-00-0": 0, "7-00-0": 1, "9-00-0": 2}  # cut at 103.67 and 107.67
+    assert bins() == everything
+    assert bins(split="test") == {"1-00-0": 0}
+    assert bins(split="train", bins=2) == {"2-00-0": 0, "7-00-0": 1, "9-00-0": 1}  # cut at 107
+    with pytest.raises(ConfigError, match="which has no boiling_point"):
+        build(package, property="boiling_point", split="test")
+    with pytest.raises(ConfigError, match="name it: property: melting_point"):
+        build(package, label="property_bin")
 
 
 def test_a_limit_is_a_fixed_choice_of_its_own(package):
