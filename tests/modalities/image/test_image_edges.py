@@ -48,8 +48,8 @@ def test_both_decoders_have_one_mask():
     given.present = {"image": given.present["x"]}
     seen = []
     for objective in built.objectives.values():
-        inner = objective.predict
-        objective.predict = lambda s, tokens, mask, inner=inner: (seen.append(mask), inner(s, tokens, mask))[1]
+        inner = objective.masker
+        objective.masker = lambda *args, inner=inner: (seen.append(inner(*args)), seen[-1])[1]
     s = Step(model, given, fields=built.fields, views={}, world=LocalWorld(), memo=built.memo)
     losses = [objective(s)["loss"] for objective in built.objectives.values()]
     assert len(seen) == 2
