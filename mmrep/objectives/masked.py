@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import field as default
 from dataclasses import replace
-from itertools import combinations
+from functools import partial
 from typing import Annotated, Any, Literal, cast
 
 import torch
@@ -25,6 +25,7 @@ from mmrep.losses.token_contrast import contrast
 from mmrep.losses.tokenwise import LOSSES
 from mmrep.masks.masker import Masker
 from mmrep.model import Model
+from mmrep.objectives._condition import reciprocal_rank, told
 from mmrep.objectives._given import Given
 from mmrep.objectives.objective import Objective, ObjectiveConfig
 from mmrep.predictors.predictor import Predictor, take
@@ -33,6 +34,9 @@ from mmrep.step import Step, idle
 from mmrep.targets.target import Reading, Target, look
 from mmrep.tokens import Content, Grid, Mask, Tokens, index_set, indicator, keep_special
 from mmrep.views.view import uniform
+
+_Seen = tuple[Tokens, Tensor, Tensor]
+"""Context, its index and the targets of the predictor."""
 
 
 @config
@@ -47,9 +51,11 @@ class MaskedConfig(ObjectiveConfig):
     predicted too. loss: by name; None = the target's first. negatives, temperature: of the loss ``contrastive`` alone;
     the distractors of a token are other hidden tokens of its sample.
 
-    condition: the view's parameters that the predictor is told, and how many figures each has: ``{crop: 4}``. given:
-    other fields of the sample, all of whose tokens the predictor gets too. own: it also gets the visible tokens of the
-    field itself; false = everything hidden is predicted from the given fields alone.
+    condition: the view's parameters that the predictor is told, and how many figures each has: ``{crop: 4}``.
+    alternatives: so many other samples' conditions are tried instead, to report as ``mrr`` how high the right one
+    ranks; each costs a pass of the predictor. given: other fields of the sample, all of whose tokens the predictor gets
+    too. own: it also gets the visible tokens of the field itself; false = everything hidden is predicted from the given
+    fields alone.
 
     agreement: of several masks of a sample (``masks: 2``), the weight of ``1 - cos`` between what is predicted of a
     token under two that both hide it (Point-CMAE, arXiv:2407.05862).
@@ -67,6 +73,7 @@ class MaskedConfig(ObjectiveConfig):
     target: Annotated[Component, Of("targets")] = default(default_factory=lambda: component("targets", "content"))
     loss: str | None = None
     condition: dict[str, Annotated[int, Field(ge=1)]] = default(default_factory=dict[str, int])
+    alternatives: Annotated[int, Field(ge=0)] = 0
     given: tuple[str, ...] = ()
     own: bool = True
     agreement: Annotated[float, Field(ge=0)] = 0.0
@@ -147,6 +154,8 @@ class Masked(Objective):
                 f"predictor: {config.predictor.type!r} knows nothing of the places that it predicts, and these are "
                 "all; use transformer or tokenwise"
             )
+        if config.alternatives and not config.condition:
+            yield "alternatives: there is no condition to try others of; name the view's parameters in `condition`"
         if config.everywhere and config.input == "unplaced":
             yield "everywhere: the visible tokens have their positions, which would be predicted; leave it out"
         if self.predictor.needs_hidden and config.input == "visible" and config.mask is not None:
@@ -198,27 +207,39 @@ class Masked(Objective):
         tokens = step.tokens(config.field, config.view)
         seeds = step.batch.seeds[here] + stable_hash(config.field, config.view, "mask", config.name)
         mask = self._mask(tokens.grid, seeds, step.clock.progress)
-        predicted, target = self.predict(step, tokens, mask)
+        groups, seen = mask.target.shape[1], self._context(step, tokens, mask)
         wanted = self.target(step, config.field, config.view if config.target_view is None else config.target_view)
         if wanted.values.shape[:2] != tokens.values.shape[:2]:
             raise ValueError(
                 f"target_view: view {config.target_view} has {tuple(wanted.values.shape[:2])} tokens and view "
                 f"{config.view} {tuple(tokens.values.shape[:2])}: both must have one geometry"
             )
-        if self.chosen == "own":
-            predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
-            each = self.target.distance(step, predicted, wanted, target, Reading(config.field, config.view))
-            each = each.view(-1, mask.target.shape[1]).mean(1)
-        else:
-            each = self._each(predicted, wanted, target, mask.target.shape[1], seeds)
+        condition = self._condition(step, groups)
+
+        def say(condition: Tensor | None) -> Tensor:
+            context, index, target = seen
+            return self.predictor(context, index, tokens.repeat(groups), target, condition)
+
+        def judge(predicted: Tensor) -> Tensor:
+            return self._compared(step, predicted, wanted, seen[2], groups, seeds)
+
+        predicted = say(condition)
+        each = judge(predicted)
         loss = (each * counted[here]).sum() * (step.world.size / n.clamp_min(1))
         parts = {**self.target.parts(), **self._plateau(loss)}
         if config.agreement:
-            apart = disagreement(predicted, target, mask.target.shape[1], tokens.grid.valid.shape[1])
+            apart = disagreement(predicted, seen[2], groups, tokens.grid.valid.shape[1])
             loss = loss + config.agreement * (apart * counted[here]).sum() * (step.world.size / n.clamp_min(1))
             parts["agreement"] = (1 - apart.detach()).mean()
         if (extra := parts.pop("loss", None)) is not None:
             loss = loss + extra
+        if config.alternatives and condition is not None:
+            turned = partial(torch.roll, condition, dims=0)
+
+            def told_otherwise(k: int) -> Tensor:
+                return judge(say(turned(shifts=-k * groups)))
+
+            parts["mrr"] = reciprocal_rank(each.detach(), told_otherwise, config.alternatives)
         return {"loss": loss, **parts}
 
     def _plateau(self, loss: Tensor) -> dict[str, Tensor]:
@@ -232,8 +253,19 @@ class Masked(Objective):
         everything = index_set(grid.valid & ~grid.special)[:, None]
         return Mask(visible=everything, target=everything)
 
-    def predict(self, step: Step, tokens: Tokens, mask: Mask) -> tuple[Tensor, Tensor]:
-        """What is predicted: [B * groups, Nt, width], and of which tokens: int64 [B * groups, Nt]."""
+    def _compared(
+        self, step: Step, predicted: Tensor, wanted: Content, target: Tensor, groups: int, seeds: Tensor
+    ) -> Tensor:
+        """The loss of each sample, [B]."""
+        config = cast(MaskedConfig, self.config)
+        if self.chosen != "own":
+            return self._each(predicted, wanted, target, groups, seeds)
+        predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
+        each = self.target.distance(step, predicted, wanted, target, Reading(config.field, config.view))
+        return each.view(-1, groups).mean(1)
+
+    def _context(self, step: Step, tokens: Tokens, mask: Mask) -> _Seen:
+        """What the predictor sees, where it stands, and which tokens are to be predicted."""
         config = cast(MaskedConfig, self.config)
         contexts, groups = mask.visible.shape[1], mask.target.shape[1]
         visible, target = mask.visible.flatten(0, 1), mask.target.flatten(0, 1)
@@ -267,23 +299,14 @@ class Masked(Objective):
         if self.given is not None:
             context, index = self.given(step, config.field, context, index, groups)
             context = replace(context, values=context.values + reached)
-        return self.predictor(context, index, tokens.repeat(groups), target, self._condition(step, groups)), target
+        return context, index, target
 
     def _condition(self, step: Step, groups: int) -> Tensor | None:
         config = cast(MaskedConfig, self.config)
         if not config.condition:
             return None
-        params = step.params(config.field, config.view)
-        for name, width in config.condition.items():
-            found = params[name][0].numel() if name in params else None
-            if found != width:
-                known = ", ".join(f"{key}: {value[0].numel()}" for key, value in params.items()) or "none"
-                raise ConfigError([
-                    f"objectives.masked.condition.{name}: {width}, but view {config.view} of {config.field!r} has "
-                    f"{'no such parameter' if found is None else found}; it has {{{known}}}"
-                ])  # fmt: skip
-        columns = [params[name].float().reshape(len(params[name]), -1) for name in config.condition]
-        return torch.cat(columns, 1)[:, None].repeat_interleave(groups, 0)
+        figures = told(step, config.field, config.view, config.condition, "objectives.masked.condition")
+        return figures[:, None].repeat_interleave(groups, 0)
 
     def _each(self, predicted: Tensor, wanted: Content, target: Tensor, groups: int, seeds: Tensor) -> Tensor:
         """The mean loss of each sample's hidden tokens, [B]."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, cast
 
 import torch
 from pydantic import Field
@@ -20,6 +20,9 @@ class TransformerPredictorConfig:
 
     positions: of a token, from its coordinates: ``sincos`` (regular grids and sequences), ``mlp`` (a learned function
     of the coordinates: points), or ``encoder`` (a linear map of the encoder's own positions: graphs).
+
+    noise: variance of what is added, in training, to the position of a hidden token, before the linear map that the
+    context goes through too (StoP).
     """
 
     width: Annotated[int, Field(ge=1)] = 96
@@ -28,6 +31,7 @@ class TransformerPredictorConfig:
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     positions: Literal["sincos", "mlp", "encoder"] = "sincos"
+    noise: Annotated[float, Field(ge=0)] = 0.0
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -39,6 +43,10 @@ class TransformerPredictor(Predictor):
 
     I-JEPA (Assran et al. 2023, arXiv:2301.08243, section 3) and MAE (arXiv:2111.06377, section 3). The condition, if
     any, is mapped linearly to tokens in front (IWM, arXiv:2403.00504, section 3.2, "sequence" conditioning).
+
+    With ``noise`` the position of a hidden token is ``p + W n``, n normal of that variance: its covariance is ``noise *
+    W W^T``, and W cannot shrink without losing the context (StoP, Bar et al. 2024, arXiv:2308.00566, section 3). Like
+    dropout it is drawn by torch's generator, and rests in eval mode.
     """
 
     Config = TransformerPredictorConfig
@@ -63,6 +71,10 @@ class TransformerPredictor(Predictor):
         known = self.embed(context.values)
         known = known + torch.where(special, torch.zeros_like(known), take(places, index))
         asked = self.token.to(known.dtype) + take(places, target)
+        noise = cast(TransformerPredictorConfig, self.config).noise
+        if noise and self.training:
+            normal = torch.randn(*target.shape, self.embed.in_features, dtype=known.dtype, device=known.device)
+            asked = asked + nn.functional.linear(noise**0.5 * normal, self.embed.weight)
         parts, valid = [known, asked], [context.grid.valid, (target >= 0)]
         if self.condition is not None:
             assert condition is not None, "this predictor was built with a condition"
