@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import field as default
 from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from typing import Annotated, Any, Literal, cast
 
 import torch

@@ -30,7 +30,7 @@ from mmrep.modalities.video._base import VIEWED, VideoEncoder
 from mmrep.modalities.video.decode import open_video
 from mmrep.modalities.video.sampling import Sampling
 from mmrep.registry import encoders
-from mmrep.tokens import Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
 
 _FOLDER = "frames"
 
@@ -41,6 +41,8 @@ class VideoFrames(VideoEncoder):
     A token is a frame; its coordinate is its time in seconds. ``depth: 0`` leaves the frames as they are, so that pool
     "mean" averages them; nothing can then be dropped, and there are no layers. A batch holds the image encoder's inputs
     as [B, T, …] (``pixels`` are called ``frames``); its preprocessing and its files are saved with this encoder.
+
+    With frozen frames and a transformer, frames can be hidden and what the image encoder made of them be predicted.
     """
 
     @config
@@ -70,7 +72,8 @@ class VideoFrames(VideoEncoder):
                     f"encoder {self.encoder.type!r} reads {modality}; frames are pictures: one of {', '.join(able)}"
                 )
 
-    supports = frozenset({"tokens", "drop_tokens", "layers"})
+    # What it can do with a transformer over frozen frames; an instance without one, or that learns, narrows it.
+    supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
 
     def __init__(self, config: Config, files: Path | None = None) -> None:
         super().__init__(config, files, sampling=config)
@@ -96,6 +99,8 @@ class VideoFrames(VideoEncoder):
             self.positions = nn.Parameter(0.02 * torch.randn(1, config.frames, self.width))
         else:
             self.supports = frozenset({"tokens"})
+        if not config.frozen_frames:  # a target that learns is a target that collapses
+            self.supports = self.supports - {"content", "mask_token"}
         if config.frozen_frames:
             self.inner.requires_grad_(False)
             self.frame_pool.requires_grad_(False)
@@ -149,14 +154,28 @@ class VideoFrames(VideoEncoder):
         """Inputs [B, T, …] to one token a frame, [B, T, D]; the whole image encoder runs here."""
         times, valid = inputs["times"], inputs["valid"]
         frames = {_inner(key): value.flatten(0, 1) for key, value in inputs.items() if _of_frames(key)}
-        values = self._pooled(frames).unflatten(0, times.shape)
+        values, places = self._pooled(frames).unflatten(0, times.shape), None
         if self.positions is not None:
-            values = values + self.positions[:, : times.shape[1]].to(values.dtype)
+            places = self.positions[:, : times.shape[1]].to(values.dtype).expand_as(values)
+            values = values + places
         special = torch.zeros_like(valid)
         full = bool(valid.all())
-        return Tokens(
-            values, Grid(times[..., None].to(values.dtype), valid, special, times.shape[1:] if full else None)
-        )
+        grid = Grid(times[..., None].to(values.dtype), valid, special, times.shape[1:] if full else None)
+        return Tokens(values, grid, places if "mask_token" in self.supports else None)
+
+    def content(self, inputs: Inputs) -> Content:
+        """See `Encoder.content`: the pooled frames [B, N, D] before their place is added (LV-MAE, arXiv:2504.03501).
+
+        What stands for a frame that the clip does not have is not observed.
+        """
+        if "content" not in self.supports:
+            return super().content(inputs)
+        valid = inputs["valid"].flatten(1)  # of several clips, one after the other
+        frames = {_inner(key): value for key, value in inputs.items() if _of_frames(key)}
+        axes = inputs["times"].ndim
+        values = self._pooled({key: value.flatten(0, axes - 1) for key, value in frames.items()})
+        values = values.view(*valid.shape, -1)
+        return Content(values, valid[..., None].expand_as(values))
 
     def encode_clips(self, tokens: Tokens, layers: Sequence[int]) -> Encoding:
         """Frames see each other: [B, T, D], normed; the layers are block outputs, not normed."""

@@ -163,6 +163,45 @@ def test_what_is_not_the_fields_own_is_predicted_from_the_given_alone():
     assert any(p.grad.abs().sum() > 0 for p in built.model.tower("text").encoder.parameters())
 
 
+def test_blocks_of_a_picture_are_predicted_from_the_rest_and_its_caption():
+    """TI-JEPA: the caption's tokens stand beside the visible ones; who has no caption has these alone."""
+    predictor = {"type": "cross-attention", "width": 16, "depth": 2, "heads": 2}
+    blocks = {"type": "multi-block", "targets": 2, "scale": [0.2, 0.3]}
+    fields = {"given": ["t"], "mask": blocks, "target": {"type": "teacher"}, "predictor": predictor}
+    built = root(masked(**fields), teacher=TeacherConfig(momentum=0.5))
+    given = batch(built)
+    tokens, mask = drawn(built, given)
+    (objective,) = built.objectives.values()
+    encoder, text = (built.model.tower(name).encoder for name in ("image", "text"))
+    with torch.no_grad():
+        taught = built.teacher.of(encoder)(given.inputs["x"][0]).tokens.values
+    taught, wanted = F.layer_norm(taught, taught.shape[-1:]), []
+    for i in range(N):
+        one, losses = Tokens(tokens.values[i : i + 1], _row(tokens.grid, i)), []
+        visible = mask.visible[i : i + 1, 0]
+        visible = visible[visible >= 0][None]
+        context = encoder.encode(one, visible).tokens
+        index = torch.cat([torch.zeros(1, 1, dtype=torch.long), visible], 1)
+        if WORDS[i] is not None:
+            words = text(text.collate([text.prepare(WORDS[i])])).tokens
+            words = objective.given.maps[0](words.values[:, words.grid.valid[0]]) + objective.given.marks[0]
+            there = torch.ones(1, words.shape[1], dtype=torch.bool)
+            grid = Grid(
+                coords=torch.cat([context.grid.coords, context.grid.coords.new_zeros(1, words.shape[1], 2)], 1),
+                valid=torch.cat([context.grid.valid, there], 1),
+                special=torch.cat([context.grid.special, there], 1),
+            )
+            context = Tokens(torch.cat([context.values, words], 1), grid)
+            index = torch.cat([index, -there.long()], 1)
+        for k in range(2):
+            hidden = mask.target[i : i + 1, k]
+            hidden = hidden[hidden >= 0][None]
+            out = objective.predictor(context, index, one, hidden)
+            losses.append(F.smooth_l1_loss(out, taught[i, hidden[0]][None], reduction="none").mean(-1)[0])
+        wanted.append(torch.cat(losses).mean())
+    torch.testing.assert_close(built(given)["loss"], torch.stack(wanted).mean())
+
+
 def test_what_two_masks_hide_is_predicted_alike():
     fields = {"mask": {"type": "random", "ratio": 0.6, "masks": 3}}
     built, plain = root(masked(agreement=0.5, **fields)), root(masked(**fields))

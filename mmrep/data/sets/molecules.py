@@ -97,7 +97,7 @@ class Molecules(RowSource):
         if config.limit is not None:
             rows = sorted(rows, key=lambda row: stable_hash("limit", config.seed, row[0]))[: config.limit]
         if config.split != "all" or config.property is not None:
-            parts: dict[str, Part] = {name: _part(_scaffold(row["smiles"]) or name, config) for name, row in rows}
+            parts: dict[str, Part] = {n: _part(_scaffold(row["smiles"]) or n, config) for n, row in rows}
             if config.property is not None:
                 _bin(rows, parts, config.property, config.bins)
             rows = [row for row in rows if config.split in ("all", parts[row[0]])]

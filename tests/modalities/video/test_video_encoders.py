@@ -35,6 +35,7 @@ CASES = [
                            "class_token": True}),
     ("video-frames", {"encoder": VIT}),
     ("video-frames", {"encoder": VIT, "short": "mask", "depth": 2, "frame_pool": "cls"}),
+    ("video-frames", {"encoder": VIT, "short": "mask", "depth": 1, "frozen_frames": True}),
     ("video-frames", {"encoder": VIT, "short": "mask", "depth": 2, "clips": 2, "frames": 5, "sampling": "fps",
                       "fps": 8, "frozen_frames": True}),
     ("video-frames", {"encoder": CNN, "frames": 3, "frame_pool": {"type": "attention", "heads": 2}}),

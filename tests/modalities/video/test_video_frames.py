@@ -152,3 +152,57 @@ def test_numpy_frames_of_every_size_are_read_by_the_image_encoder():
     encoder = build()
     a, b = (encoder.prepare(np.repeat(numbered(4, w, h), 2, 0)) for w, h in ((24, 20), (50, 90)))
     assert a["frames"].shape == b["frames"].shape == (4, 3, 16, 16)
+
+
+@pytest.mark.parametrize("clips", [1, 2])
+def test_what_is_asked_of_a_hidden_frame_is_what_the_frozen_image_encoder_made_of_it(clips: int):
+    encoder = build(depth=1, frozen_frames=True, short="mask", clips=clips)
+    inputs = batch(encoder, 2, 4)
+    content, tokens = encoder.content(inputs), encoder.tokenize(inputs)
+    assert not content.values.requires_grad
+    pixels = inputs["frames"].flatten(0, -4)
+    alone = MeanPool(MeanPool.Config(), 32)(encoder.inner({"pixels": pixels})).view(2, clips * 4, 32)
+    torch.testing.assert_close(content.values, alone)
+    torch.testing.assert_close(tokens.values - tokens.positions, content.values)
+    assert torch.equal(content.observed.all(-1), tokens.grid.valid)
+    assert content.observed.all(-1).sum(1).tolist() == [2 * clips, 4 * clips]
+
+
+def test_masked_frame_embeddings_are_an_autoencoder_of_them():
+    from mmrep.data.batch import Batch
+    from mmrep.data.sample import stable_hash
+    from mmrep.model import TowerConfig
+    from mmrep.objectives.root import Root
+
+    video = component("encoders", "video-frames", encoder=VIT, frames=4, depth=1, frozen_frames=True, short="mask")
+    objective = component(
+        "objectives", "masked", field="v", mask={"type": "random", "ratio": 0.5},
+        predictor={"type": "transformer", "width": 16, "depth": 1, "heads": 2},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Model(ModelConfig(dim=32, towers={"video": TowerConfig(encoder=video)}))
+    root = Root(model, [objective], fields={"v": "video"}, views={}).train()
+    encoder, (masked,) = model.tower("video").encoder, root.objectives.values()
+    inputs = batch(encoder, 2, 4)
+    given = Batch(ids=["a", "b"], inputs={"v": [inputs]}, present={"v": torch.ones(2, dtype=torch.bool)},
+                  seeds=torch.tensor([3, 4]))  # fmt: skip
+    tokens = encoder.tokenize(inputs)
+    mask, errors = masked.masker(tokens.grid, given.seeds + stable_hash("v", 0, "mask", None)), []
+    frames = encoder.content(inputs).values
+    for i, count in enumerate((1, 2)):
+        hidden = [n for n in mask.target[i, 0].tolist() if n >= 0]
+        seen = [n for n in mask.visible[i, 0].tolist() if n >= 0]
+        assert len(hidden) == count
+        alone = encoder.tokenize({key: value[i : i + 1, : 2 * count] for key, value in inputs.items()})
+        context = encoder.encode(alone, torch.tensor([seen])).tokens
+        out = masked.predictor(context, torch.tensor([seen]), alone, torch.tensor([hidden]))[0]
+        errors.append((out - frames[i, hidden]).square().mean())
+    torch.testing.assert_close(root(given)["loss"], torch.stack(errors).mean())
+
+
+def test_frames_that_learn_are_no_target():
+    assert build(depth=1, frozen_frames=True).supports == VideoFrames.supports
+    assert not build(depth=1).supports & {"content", "mask_token"}
+    assert not build(frozen_frames=True).supports & {"content", "mask_token"}
+    with pytest.raises(ValueError, match="content"):
+        build(depth=1).content(batch(build(depth=1), 4))

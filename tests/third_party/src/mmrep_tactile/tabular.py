@@ -60,26 +60,26 @@ class Tabular(Encoder):
             raise BadSampleError("wrong shape", f"{row.shape}, not [{self.config.columns}]")
         if np.isinf(row).any() or np.isnan(row).all():
             raise BadSampleError("no numbers", "an infinite value, or none at all")
-        return {"row": torch.from_numpy(row if view is None else view.sample(row, seed))}
+        row = torch.from_numpy(row if view is None else view.sample(row, seed))
+        return {"row": row.nan_to_num(), "known": ~row.isnan()}
 
     def summary(self, item):
-        return item["row"].nan_to_num()
+        return item["row"]
 
     def tokenize(self, inputs):
         row = inputs["row"].to(self.scale.dtype)
-        known = ~row.isnan()
         places = self.place.expand(len(row), -1, -1)
-        values = row.nan_to_num()[..., None] * self.scale + places
+        values = row[..., None] * self.scale + places
         front = self.special.expand(len(row), -1, -1)
         values, places = (torch.cat([front, part], 1) for part in (values, places))
         index = torch.arange(-1, row.shape[1], device=row.device).clamp_min(0)
         coords = index.to(torch.float32)[None, :, None].expand(len(row), -1, -1)
         special = (torch.arange(row.shape[1] + 1, device=row.device) == 0).expand(len(row), -1)
-        return Tokens(values, Grid(coords, nn.functional.pad(known, (1, 0), value=True), special), places)
+        return Tokens(values, Grid(coords, nn.functional.pad(inputs["known"], (1, 0), value=True), special), places)
 
     def content(self, inputs):
-        row = nn.functional.pad(inputs["row"], (1, 0))[..., None]
-        return Content(row.nan_to_num(), ~row.isnan())
+        row, known = (nn.functional.pad(inputs[key], (1, 0))[..., None] for key in ("row", "known"))
+        return Content(row, known)
 
     def encode(self, tokens, keep=None, layers=()):
         self.check_request(keep, layers)
