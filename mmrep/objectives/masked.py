@@ -50,7 +50,7 @@ class MaskedConfig(ObjectiveConfig):
     with a learned vector instead of their position (DropPos). mask, predictor, target: see their registries; mask: null
     hides nothing and predicts everything, of a reading that a view has corrupted. everywhere: what is visible is
     predicted too. loss: by name; None = the target's first. negatives, temperature: of the loss ``contrastive`` alone;
-    the distractors of a token are other hidden tokens of its sample.
+    the distractors of a token are other hidden tokens of its sample, so many drawn with replacement, or ``all``.
 
     condition: the view's parameters that the predictor is told, and how many figures each has: ``{crop: 4}``.
     alternatives: so many other samples' conditions are tried instead, to report as ``mrr`` how high the right one
@@ -78,7 +78,7 @@ class MaskedConfig(ObjectiveConfig):
     given: tuple[str, ...] = ()
     own: bool = True
     agreement: Annotated[float, Field(ge=0)] = 0.0
-    negatives: Annotated[int, Field(ge=1)] = 100
+    negatives: Annotated[int, Field(ge=1)] | Literal["all"] = 100
     temperature: Annotated[float, Field(gt=0)] = 0.1
     weight: Annotated[float, Field(ge=0)] = 1.0
 
@@ -157,6 +157,8 @@ class Masked(Objective):
             )
         if config.alternatives and not config.condition:
             yield "alternatives: there is no condition to try others of; name the view's parameters in `condition`"
+        if config.mask is None and config.input != "visible":
+            yield f"input: {config.input} hides nothing without a mask"
         if config.everywhere and config.input == "unplaced":
             yield "everywhere: the visible tokens have their positions, which would be predicted; leave it out"
         if self.predictor.needs_hidden and config.input == "visible" and config.mask is not None:
@@ -211,10 +213,11 @@ class Masked(Objective):
         groups, seen = mask.target.shape[1], self._context(step, tokens, mask)
         wanted = self.target(step, config.field, config.view if config.target_view is None else config.target_view)
         if wanted.values.shape[:2] != tokens.values.shape[:2]:
-            raise ValueError(
-                f"target_view: view {config.target_view} has {tuple(wanted.values.shape[:2])} tokens and view "
-                f"{config.view} {tuple(tokens.values.shape[:2])}: both must have one geometry"
-            )
+            raise ConfigError([
+                f"objectives.masked.target_view: view {config.target_view} of {config.field!r} has "
+                f"{wanted.values.shape[1]} tokens, and view {config.view} has {tokens.values.shape[1]}: an altered reading "
+                "keeps every token in its place"
+            ])  # fmt: skip
         condition = self._condition(step, groups)
 
         def say(condition: Tensor | None) -> Tensor:
@@ -333,6 +336,8 @@ class Masked(Objective):
     def _contrast(self, predicted: Tensor, values: Tensor, valid: Tensor, groups: int, seeds: Tensor) -> Tensor:
         config = cast(MaskedConfig, self.config)
         T, M = valid.shape[1], config.negatives
+        if M == "all":
+            return contrast(predicted, values, valid, None, config.temperature)
         # A stream for each group: the numbers of a token must not depend on how many slots its batch has.
         noise = torch.stack([uniform(seeds, T * M, stream=1 + group) for group in range(groups)], 1)
         return contrast(predicted, values, valid, noise.view(-1, T, M), config.temperature)
