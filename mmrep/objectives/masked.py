@@ -36,7 +36,7 @@ from mmrep.targets.target import Reading, Target, look
 from mmrep.tokens import Content, Grid, Mask, Tokens, index_set, indicator, keep_special
 from mmrep.views.view import uniform
 
-_Seen = tuple[Tokens, Tensor, Tensor]
+Seen = tuple[Tokens, Tensor, Tensor]
 """Context, its index and the targets of the predictor."""
 
 
@@ -215,19 +215,15 @@ class Masked(Objective):
         if wanted.values.shape[:2] != tokens.values.shape[:2]:
             raise ConfigError([
                 f"objectives.masked.target_view: view {config.target_view} of {config.field!r} has "
-                f"{wanted.values.shape[1]} tokens, and view {config.view} has {tokens.values.shape[1]}: an altered reading "
-                "keeps every token in its place"
+                f"{wanted.values.shape[1]} tokens, and view {config.view} has {tokens.values.shape[1]}: an altered "
+                "reading keeps every token in its place"
             ])  # fmt: skip
         condition = self._condition(step, groups)
-
-        def say(condition: Tensor | None) -> Tensor:
-            context, index, target = seen
-            return self.predictor(context, index, tokens.repeat(groups), target, condition)
 
         def judge(predicted: Tensor) -> Tensor:
             return self._compared(step, predicted, wanted, seen[2], groups, seeds)
 
-        predicted = say(condition)
+        predicted = self._say(tokens, seen, groups, condition)
         each = judge(predicted)
         loss = (each * counted[here]).sum() * (step.world.size / n.clamp_min(1))
         parts = {**self.target.parts(), **self._plateau(loss)}
@@ -241,7 +237,7 @@ class Masked(Objective):
             turned = partial(torch.roll, condition, dims=0)
 
             def told_otherwise(k: int) -> Tensor:
-                return judge(say(turned(shifts=-k * groups)))
+                return judge(self._say(tokens, seen, groups, turned(shifts=-k * groups)))
 
             parts["mrr"] = reciprocal_rank(each.detach(), told_otherwise, config.alternatives)
         return {"loss": loss, **parts}
@@ -257,6 +253,11 @@ class Masked(Objective):
         everything = index_set(grid.valid & ~grid.special)[:, None]
         return Mask(visible=everything, target=everything)
 
+    def _say(self, tokens: Tokens, seen: Seen, groups: int, condition: Tensor | None) -> Tensor:
+        """What is predicted: [B * groups, Nt, width]."""
+        context, index, target = seen
+        return self.predictor(context, index, tokens.repeat(groups), target, condition)
+
     def _compared(
         self, step: Step, predicted: Tensor, wanted: Content, target: Tensor, groups: int, seeds: Tensor
     ) -> Tensor:
@@ -268,7 +269,7 @@ class Masked(Objective):
         each = self.target.distance(step, predicted, wanted, target, Reading(config.field, config.view))
         return each.view(-1, groups).mean(1)
 
-    def _context(self, step: Step, tokens: Tokens, mask: Mask) -> _Seen:
+    def _context(self, step: Step, tokens: Tokens, mask: Mask) -> Seen:
         """What the predictor sees, where it stands, and which tokens are to be predicted."""
         config = cast(MaskedConfig, self.config)
         contexts, groups = mask.visible.shape[1], mask.target.shape[1]
@@ -314,24 +315,28 @@ class Masked(Objective):
 
     def _each(self, predicted: Tensor, wanted: Content, target: Tensor, groups: int, seeds: Tensor) -> Tensor:
         """The mean loss of each sample's hidden tokens, [B]."""
+        losses = self._losses(predicted, wanted, target, groups, seeds)
+        valid = target >= 0
+        sample = torch.arange(len(target), device=target.device).div(groups, rounding_mode="floor")
+        sample = sample[:, None].expand_as(target)[valid]
+        B = len(target) // groups
+        sums = losses.new_zeros(B).index_add(0, sample, losses)
+        counts = losses.new_zeros(B).index_add(0, sample, torch.ones_like(losses))
+        return sums / counts.clamp_min(1)
+
+    def _losses(self, predicted: Tensor, wanted: Content, target: Tensor, groups: int, seeds: Tensor) -> Tensor:
+        """The loss of each of the n hidden tokens of ``target`` [R, T], in its order: [n]."""
         valid = target >= 0
         values = take(wanted.values.repeat_interleave(groups, 0), target)
         predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
         if values.is_floating_point():
             values = values.to(predicted.dtype)
         if self.loss is None:
-            losses = self._contrast(predicted, values, valid, groups, seeds)[valid]
-        else:
-            observed = wanted.observed
-            if observed is not None:
-                observed = take(observed.repeat_interleave(groups, 0), target)[valid]
-            losses = self.loss(predicted[valid], values[valid], observed)
-        sample = torch.arange(len(target), device=target.device).div(groups, rounding_mode="floor")
-        sample = sample[:, None].expand_as(target)[valid]
-        B = len(target) // groups
-        sums = predicted.new_zeros(B).index_add(0, sample, losses)
-        counts = predicted.new_zeros(B).index_add(0, sample, torch.ones_like(losses))
-        return sums / counts.clamp_min(1)
+            return self._contrast(predicted, values, valid, groups, seeds)[valid]
+        observed = wanted.observed
+        if observed is not None:
+            observed = take(observed.repeat_interleave(groups, 0), target)[valid]
+        return self.loss(predicted[valid], values[valid], observed)
 
     def _contrast(self, predicted: Tensor, values: Tensor, valid: Tensor, groups: int, seeds: Tensor) -> Tensor:
         config = cast(MaskedConfig, self.config)

@@ -12,7 +12,7 @@ from mmrep.config import ConfigError, config
 from mmrep.encoder import unsupported
 from mmrep.losses.tokenwise import cross_entropy
 from mmrep.model import Model
-from mmrep.objectives.masked import Masked, MaskedConfig
+from mmrep.objectives.masked import Masked, MaskedConfig, Seen
 from mmrep.predictors.predictor import take
 from mmrep.step import Step
 from mmrep.targets.gumbel_codes import GumbelCodes, GumbelCodesConfig
@@ -64,19 +64,24 @@ class W2vBERT(Masked):
         self.norm = nn.LayerNorm(encoder.width)  # a layer's output is not normed, the encoder's is
         self.classify = nn.Linear(encoder.width, codes.groups * codes.codes)
 
-    def predict(self, step: Step, tokens: Tokens, mask: Mask) -> tuple[Tensor, Tensor]:
-        """See `Masked.predict`; behind what is contrasted stand the logits of the codes."""
+    def _context(self, step: Step, tokens: Tokens, mask: Mask) -> Seen:
+        """Of every token the middle layer, normed, and behind it the last."""
         config = cast(W2vBERTConfig, self.config)
         assert self.token is not None
         groups, target = mask.target.shape[1], mask.target.flatten(0, 1)
-        encoder = step.tower(config.field).encoder
         hidden = tokens.repeat(groups).hide(target, self.token)
-        encoding = encoder.encode(hidden, None, (config.layer,))
+        encoding = step.tower(config.field).encoder.encode(hidden, None, (config.layer,))
         index = torch.arange(hidden.values.shape[1], device=target.device).expand(len(target), -1)
-        middle = Tokens(self.norm(encoding.layers[0]), encoding.tokens.grid)
-        contrasted = self.predictor(middle, index, hidden, target)
-        logits = self.classify(take(encoding.tokens.values, target))
-        return torch.cat([contrasted, logits.to(contrasted.dtype)], -1), target
+        both = torch.cat([self.norm(encoding.layers[0]), encoding.tokens.values], -1)
+        return Tokens(both, encoding.tokens.grid), index, target
+
+    def _say(self, tokens: Tokens, seen: Seen, groups: int, condition: Tensor | None) -> Tensor:
+        """What is contrasted, from the middle; behind it stand the logits of the codes, from the end."""
+        both, index, target = seen
+        middle, last = both.values.chunk(2, -1)
+        contrasted = self.predictor(Tokens(middle, both.grid), index, tokens.repeat(groups), target, condition)
+        logits = self.classify(take(last, target))
+        return torch.cat([contrasted, logits.to(contrasted.dtype)], -1)
 
     def _losses(self, predicted: Tensor, wanted: Content, target: Tensor, groups: int, seeds: Tensor) -> Tensor:
         config, (G, K) = cast(W2vBERTConfig, self.config), self.shape

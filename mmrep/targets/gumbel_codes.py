@@ -87,8 +87,8 @@ class GumbelCodes(Target):
             noise = uniform(seeds, N * config.groups * config.codes).view(logits.shape).clamp_min(2.0**-25)
             temperature = step.clock.value(config.temperature, config.schedule)
             soft = ((logits - (-noise.log()).log()) / temperature).softmax(-1)
-        self.chosen = soft.argmax(-1)
-        hard = F.one_hot(self.chosen, config.codes).to(soft.dtype)
+        self.chosen = best = soft.argmax(-1)
+        hard = F.one_hot(best, config.codes).to(soft.dtype)
         chosen = hard + soft - soft.detach() if self.training else hard
         vectors = torch.einsum("bngk,gkd->bngd", chosen, self.codebook.to(chosen.dtype))
         return Content(self.project(vectors.flatten(2)))

@@ -181,5 +181,5 @@ def test_what_cannot_be_is_refused(fields, message):
 def test_a_target_of_another_geometry_is_refused():
     root, step = readings({"type": "image-crop", "size": 8}, CLEAN, target_view=0, predictor=TRANSFORMER)
     step.batch.inputs["x"][0] = {"pixels": step.batch.inputs["x"][0]["pixels"][..., :8, :8]}
-    with pytest.raises(ValueError, match="both must have one geometry"):
+    with pytest.raises(ConfigError, match="keeps every token in its place"):
         masked(root)(step)
