@@ -39,7 +39,7 @@ class Masker:
     """
 
     Config: ClassVar[type]
-    grids: ClassVar[frozenset[str]] = GRIDS
+    grids: frozenset[str] = GRIDS
 
     def __init__(self, config: Any) -> None:
         self.config = config

@@ -47,10 +47,14 @@ class MaskedConfig(ObjectiveConfig):
 
     input: what the encoder reads: only the ``visible`` tokens (MAE, I-JEPA), or all of them with a learned
     ``mask-token`` in the hidden places (SimMIM, BEiT, HuBERT), or ``unplaced``: the visible ones, and the hidden ones
-    with a learned vector instead of their position (DropPos). mask, predictor, target: see their registries; mask: null
-    hides nothing and predicts everything, of a reading that a view has corrupted. everywhere: what is visible is
-    predicted too. loss: by name; None = the target's first. negatives, temperature: of the loss ``contrastive`` alone;
-    the distractors of a token are other hidden tokens of its sample, so many drawn with replacement, or ``all``.
+    with a learned vector instead of their position (DropPos).
+
+    mask, predictor, target: see their registries; mask: null hides nothing and predicts everything, of a reading that a
+    view has corrupted. tied: masks of objectives with one word here are drawn from the same numbers: fields of one
+    geometry hide the same places, or, with the mask ``complement``, each what the other shows. everywhere: what is
+    visible is predicted too. loss: by name; None = the target's first. negatives, temperature: of the loss
+    ``contrastive`` alone; the distractors of a token are other hidden tokens of its sample, so many drawn with
+    replacement, or ``all``.
 
     condition: the view's parameters that the predictor is told, and how many figures each has: ``{crop: 4}``.
     alternatives: so many other samples' conditions are tried instead, to report as ``mrr`` how high the right one
@@ -67,6 +71,7 @@ class MaskedConfig(ObjectiveConfig):
     target_view: int | None = None
     input: Literal["visible", "mask-token", "unplaced"] = "visible"
     mask: Annotated[Component | None, Of("masks")] = default(default_factory=lambda: component("masks", "random"))
+    tied: str | None = None
     everywhere: bool = False
     predictor: Annotated[Component, Of("predictors")] = default(
         default_factory=lambda: component("predictors", "transformer")
@@ -208,7 +213,8 @@ class Masked(Objective):
             loss = nothing * step.world.size
             return {"loss": loss + self.target.parts().get("loss", 0), **self._plateau(nothing)}
         tokens = step.tokens(config.field, config.view)
-        seeds = step.batch.seeds[here] + stable_hash(config.field, config.view, "mask", config.name)
+        own = (config.field, config.view, "mask", config.name)
+        seeds = step.batch.seeds[here] + stable_hash(*(own if config.tied is None else ("tied", config.tied)))
         mask = self._mask(tokens.grid, seeds, step.clock.progress)
         groups, seen = mask.target.shape[1], self._context(step, tokens, mask)
         wanted = self.target(step, config.field, config.view if config.target_view is None else config.target_view)

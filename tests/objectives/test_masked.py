@@ -46,11 +46,12 @@ def masked(**fields):
 
 
 def batch(built: Root, rows=range(N), words=WORDS) -> Batch:
-    image, text = (built.model.tower(name).encoder for name in ("image", "text"))
+    image = built.model.tower("image").encoder
+    text = built.model.tower("text").encoder if "text" in built.model.towers else None
     pictures, rows = image.examples(N, 0), list(rows)
     inputs = {"x": [image.collate([image.prepare(pictures[i]) for i in rows])]}
     present = {"x": torch.ones(len(rows), dtype=torch.bool)}
-    if any(words[i] is not None for i in rows):
+    if text is not None and any(words[i] is not None for i in rows):
         inputs["t"] = [text.collate([text.prepare(words[i]) for i in rows if words[i] is not None])]
         present["t"] = torch.tensor([words[i] is not None for i in rows])
     return Batch(ids=[str(i) for i in rows], inputs=inputs, present=present, seeds=torch.tensor(rows) * 7)
@@ -334,6 +335,36 @@ def test_an_altered_view_keeps_its_tokens_in_place():
     built = root(masked(**ALTERED), views={"x": [None, Shorter(None)]})
     with pytest.raises(ConfigError, match="view 0 of 'x' has 17 tokens, and view 1 has 9"):
         built(two(built))
+
+
+def test_tied_masks_hide_what_the_other_field_shows():
+    """Two fields of one geometry, in one run; the names of the fields would else draw masks of their own."""
+    torch.manual_seed(0)
+    towers = {"image": TowerConfig(encoder=VIT), "depth": TowerConfig(encoder=VIT)}
+    turned = {"type": "complement", "of": {"type": "random", "ratio": 0.5}}
+    objectives = [
+        masked(field="x", tied="world", mask=turned["of"], name="a"),
+        masked(field="d", tied="world", mask=turned, name="b"),
+        masked(field="d", mask=turned, name="c"),
+    ]
+    model = Model(ModelConfig(dim=24, towers=towers))
+    built = Root(model, objectives, fields={"x": "image", "d": "depth"}, views={})
+    given, drawn = batch(built), {}
+    given.inputs["d"], given.present["d"] = given.inputs["x"], given.present["x"]
+    for name, objective in built.objectives.items():
+        objective.masker = spy(objective.masker, drawn, name)
+    built(given)
+    assert torch.equal(drawn["a"].visible, drawn["b"].target)
+    assert torch.equal(drawn["a"].target, drawn["b"].visible)
+    assert not torch.equal(drawn["a"].visible, drawn["c"].target)
+
+
+def spy(masker, drawn, name):
+    def call(*given):
+        drawn[name] = masker(*given)
+        return drawn[name]
+
+    return call
 
 
 def test_a_tower_that_no_objective_reads_rests():
