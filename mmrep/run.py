@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -80,6 +80,10 @@ class Run:
                 [f"no held-out source {name!r}{near(name, known)} data.evaluation has: {', '.join(known)}"]
             )
         return self._source(f"data.evaluation.{name}", known[name])
+
+    def samples(self, field: str) -> Iterable[Any]:
+        """The raw training values of a field, as far as they are there, without views."""
+        return RawValues(lambda: self.train_source, (field,))
 
     @cached_property
     def model(self) -> Model:
@@ -196,7 +200,7 @@ class Run:
                 model, recipe.objectives, fields=recipe.data.fields, views=views, average=recipe.average,
                 memo=self._memo(self.folder, here.rank), teacher=recipe.teacher,
             )  # fmt: skip
-        root.fit(lambda field: RawValues(lambda: self.train_source, (field,)))
+        root.fit(self.samples)
         share_buffers(root.objectives)  # of another machine they may be rounded differently
         loader = self._loader(model, views, raw=root.raw, rank=here.rank, size=here.size)
         # A small set is judged after its first pass, a large one after a thousand samples.
