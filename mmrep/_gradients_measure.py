@@ -55,6 +55,7 @@ class Subject:
             self.root = Root(
                 run.untrained(), recipe.objectives, fields=recipe.data.fields, views=views, teacher=recipe.teacher
             )  # fmt: skip
+        self.root.fit(run.samples)
         encoders = {field: self.root.model.tower(tower).encoder for field, tower in recipe.data.fields.items()}
         # No field is memoised: a frozen tower computes its features anew, which are the same.
         self._reader = Reader(encoders, views=views, seed=recipe.train.seed, group=run.train_source.has_group)

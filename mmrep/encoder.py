@@ -133,6 +133,13 @@ class Encoder(nn.Module):
         """What each token was made from, for objectives that predict it: see `Content`. Needs ``"content"``."""
         raise ValueError(unsupported(self, "content"))
 
+    def recode(self, inputs: Inputs, codes: Tensor) -> Inputs:
+        """The inputs with another content: int64 [B, N] ``codes``, of encoders whose `content` is such codes.
+
+        What stands at special and padded tokens is as `content` has it.
+        """
+        raise ValueError(f"{type(self).__name__}: the content of {self.modality} tokens cannot be replaced by codes")
+
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Tokens to an encoding.
 

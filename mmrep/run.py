@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -85,6 +85,10 @@ class Run:
                 [f"no held-out source {name!r}{near(name, known)} data.evaluation has: {', '.join(known)}"]
             )
         return self._source(f"data.evaluation.{name}", known[name])
+
+    def samples(self, field: str) -> Iterable[Any]:
+        """The raw training values of a field, as far as they are there, without views."""
+        return _Column(self, (field,))
 
     @cached_property
     def model(self) -> Model:
@@ -179,7 +183,7 @@ class Run:
                 model, recipe.objectives, fields=recipe.data.fields, views=views, average=recipe.average,
                 memo=self._memo(self.folder, here.rank), teacher=recipe.teacher,
             )  # fmt: skip
-        root.fit(lambda field: _Column(self, (field,)))
+        root.fit(self.samples)
         loader = self._loader(model, views, raw=root.raw, rank=here.rank, size=here.size)
         # A small set is judged after its first pass, a large one after a thousand samples.
         enough = 1000 if self.train_source.streaming else min(1000, len(self.train_source) // here.size)

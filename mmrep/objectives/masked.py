@@ -20,7 +20,7 @@ from mmrep.data.sample import stable_hash
 from mmrep.encoder import unsupported
 from mmrep.losses.token_contrast import contrast
 from mmrep.losses.tokenwise import LOSSES
-from mmrep.masks.masker import Masker
+from mmrep.masks.masker import Masker, maskable
 from mmrep.model import Model
 from mmrep.objectives._given import Given
 from mmrep.objectives.objective import Objective, ObjectiveConfig
@@ -28,18 +28,20 @@ from mmrep.predictors.predictor import Predictor, take
 from mmrep.registry import near
 from mmrep.step import Step, idle
 from mmrep.targets.target import Target, look
-from mmrep.tokens import Content, Grid, Mask, Tokens, keep_special
+from mmrep.tokens import Content, Grid, Mask, Tokens, index_set, keep_special
 from mmrep.views.view import uniform
 
 
 @config
 class MaskedConfig(ObjectiveConfig):
-    """field: whose tokens are predicted. view: which of its views.
+    """field: whose tokens are predicted. view: which of its views the encoder reads. of: the view whose tokens are
+    predicted, if it is another one: ``view`` is then an altered reading of it, token for token.
 
     input: what the encoder reads: only the ``visible`` tokens (MAE, I-JEPA), or all of them with a learned
-    ``mask-token`` in the hidden places (SimMIM, BEiT, HuBERT). mask, predictor, target: see their registries. loss: by
-    name; None = the target's first. negatives, temperature: of the loss ``contrastive`` alone; the distractors of a
-    token are other hidden tokens of its sample.
+    ``mask-token`` in the hidden places (SimMIM, BEiT, HuBERT). mask, predictor, target: see their registries; without a
+    mask (null) nothing is hidden, and all tokens of ``of`` are predicted from the altered view (TERA). loss: by name;
+    None = the target's first. negatives, temperature: of the loss ``contrastive`` alone; the distractors of a token are
+    other hidden tokens of its sample, so many drawn with replacement, or ``all``.
 
     condition: the view's parameters that the predictor is told, and how many figures each has: ``{crop: 4}``. given:
     other fields of the sample, all of whose tokens the predictor gets too. own: it also gets the visible tokens of the
@@ -48,8 +50,9 @@ class MaskedConfig(ObjectiveConfig):
 
     field: str
     view: int = 0
+    of: int | None = None
     input: Literal["visible", "mask-token"] = "visible"
-    mask: Annotated[Component, Of("masks")] = default(default_factory=lambda: component("masks", "random"))
+    mask: Annotated[Component | None, Of("masks")] = default(default_factory=lambda: component("masks", "random"))
     predictor: Annotated[Component, Of("predictors")] = default(
         default_factory=lambda: component("predictors", "transformer")
     )
@@ -58,7 +61,7 @@ class MaskedConfig(ObjectiveConfig):
     condition: dict[str, Annotated[int, Field(ge=1)]] = default(default_factory=dict[str, int])
     given: tuple[str, ...] = ()
     own: bool = True
-    negatives: Annotated[int, Field(ge=1)] = 100
+    negatives: Annotated[int, Field(ge=1)] | Literal["all"] = 100
     temperature: Annotated[float, Field(gt=0)] = 0.1
     weight: Annotated[float, Field(ge=0)] = 1.0
 
@@ -82,7 +85,7 @@ class Masked(Objective):
             ])  # fmt: skip
         tower = model.tower(fields[config.field])
         self.__dict__["_tower"] = tower  # seen, not owned
-        self.masker: Masker = config.mask.build()
+        self.masker: Masker | None = None if config.mask is None else config.mask.build()
         try:
             self._refuse(config, model, fields)
             self.target: Target = config.target.build(tower)
@@ -109,7 +112,7 @@ class Masked(Objective):
         if tower.config.frozen:
             raise ValueError(f"tower {fields[config.field]!r} is frozen: nothing would learn from its hidden tokens")
         need = "mask_token" if config.input == "mask-token" else "drop_tokens"
-        if need not in tower.encoder.supports:
+        if config.mask is not None and need not in tower.encoder.supports:
             raise ValueError(unsupported(tower.encoder, need))
 
     def _problems(self, config: MaskedConfig) -> Iterator[str]:
@@ -121,7 +124,11 @@ class Masked(Objective):
             yield f"given: {config.field!r} is what is predicted"
         if not config.own and (not config.given or config.input == "mask-token"):
             yield "own: false predicts from `given` fields alone: name some, and use input: visible"
-        if self.predictor.needs_hidden and config.input == "visible":
+        if config.mask is None and config.input == "mask-token":
+            yield "input: mask-token hides nothing without a mask"
+        if config.mask is None and config.of in (None, config.view):
+            yield "mask: null predicts what is seen: name in `of` another view, of which this one is an altered reading"
+        if self.predictor.needs_hidden and config.input == "visible" and config.mask is not None:
             yield (
                 f"predictor: {config.predictor.type!r} reads the encoder's output at the hidden places, which input: "
                 "visible does not compute; use input: mask-token, or predictor: {type: transformer}"
@@ -165,9 +172,14 @@ class Masked(Objective):
             return {"loss": nothing * step.world.size + self.target.parts().get("loss", 0)}
         tokens = step.tokens(config.field, config.view)
         seeds = step.batch.seeds[here] + stable_hash(config.field, config.view, "mask", config.name)
-        mask = self.masker(tokens.grid, seeds, step.clock.progress)
+        mask = _everything(tokens.grid) if self.masker is None else self.masker(tokens.grid, seeds, step.clock.progress)
         predicted, target = self.predict(step, tokens, mask)
-        wanted = self.target(step, config.field, config.view)
+        wanted = self.target(step, config.field, config.view if config.of is None else config.of)
+        if wanted.values.shape[:2] != tokens.grid.valid.shape:
+            raise ConfigError([
+                f"objectives.masked.of: view {config.of} of {config.field!r} has {wanted.values.shape[1]} tokens, and "
+                f"view {config.view} has {tokens.values.shape[1]}: an altered reading keeps every token in its place"
+            ])  # fmt: skip
         each = self._each(predicted, wanted, target, mask.target.shape[1], seeds)
         loss = (each * counted[here]).sum() * (step.world.size / n.clamp_min(1))
         parts = dict(self.target.parts())
@@ -181,7 +193,10 @@ class Masked(Objective):
         contexts, groups = mask.visible.shape[1], mask.target.shape[1]
         visible, target = mask.visible.flatten(0, 1), mask.target.flatten(0, 1)
         encoder = step.tower(config.field).encoder
-        if config.input == "visible":
+        if config.mask is None:
+            context = encoder.encode(tokens).tokens
+            index = torch.arange(context.values.shape[1], device=target.device).expand(len(target), -1)
+        elif config.input == "visible":
             context = encoder.encode(tokens.repeat(contexts), visible).tokens
             index = keep_special(visible, tokens.grid.repeat(contexts))
             if contexts == 1 < groups:
@@ -220,27 +235,33 @@ class Masked(Objective):
     def _each(self, predicted: Tensor, wanted: Content, target: Tensor, groups: int, seeds: Tensor) -> Tensor:
         """The mean loss of each sample's hidden tokens, [B]."""
         valid = target >= 0
+        losses = self._losses(predicted, wanted, target, groups, seeds)
+        sample = torch.arange(len(target), device=target.device).div(groups, rounding_mode="floor")
+        sample = sample[:, None].expand_as(target)[valid]
+        B = len(target) // groups
+        sums = losses.new_zeros(B).index_add(0, sample, losses)
+        counts = losses.new_zeros(B).index_add(0, sample, torch.ones_like(losses))
+        return sums / counts.clamp_min(1)
+
+    def _losses(self, predicted: Tensor, wanted: Content, target: Tensor, groups: int, seeds: Tensor) -> Tensor:
+        """The loss of each of the n hidden tokens of ``target`` [R, T], in its order: [n]."""
+        valid = target >= 0
         values = take(wanted.values.repeat_interleave(groups, 0), target)
         predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
         if values.is_floating_point():
             values = values.to(predicted.dtype)
         if self.loss is None:
-            losses = self._contrast(predicted, values, valid, groups, seeds)[valid]
-        else:
-            observed = wanted.observed
-            if observed is not None:
-                observed = take(observed.repeat_interleave(groups, 0), target)[valid]
-            losses = self.loss(predicted[valid], values[valid], observed)
-        sample = torch.arange(len(target), device=target.device).div(groups, rounding_mode="floor")
-        sample = sample[:, None].expand_as(target)[valid]
-        B = len(target) // groups
-        sums = predicted.new_zeros(B).index_add(0, sample, losses)
-        counts = predicted.new_zeros(B).index_add(0, sample, torch.ones_like(losses))
-        return sums / counts.clamp_min(1)
+            return self._contrast(predicted, values, valid, groups, seeds)[valid]
+        observed = wanted.observed
+        if observed is not None:
+            observed = take(observed.repeat_interleave(groups, 0), target)[valid]
+        return self.loss(predicted[valid], values[valid], observed)
 
     def _contrast(self, predicted: Tensor, values: Tensor, valid: Tensor, groups: int, seeds: Tensor) -> Tensor:
         config = cast(MaskedConfig, self.config)
         T, M = valid.shape[1], config.negatives
+        if M == "all":
+            return contrast(predicted, values, valid, None, config.temperature)
         # A stream for each group: the numbers of a token must not depend on how many slots its batch has.
         noise = torch.stack([uniform(seeds, T * M, stream=1 + group) for group in range(groups)], 1)
         return contrast(predicted, values, valid, noise.view(-1, T, M), config.temperature)
@@ -248,3 +269,9 @@ class Masked(Objective):
     def after_optimizer_step(self) -> None:
         """See `Objective.after_optimizer_step`."""
         self.target.after_optimizer_step()
+
+
+def _everything(grid: Grid) -> Mask:
+    """All tokens that a mask may name are predicted, and none is hidden: int64 [B, 1, K] both."""
+    index = index_set(maskable(grid))[:, None]
+    return Mask(visible=index, target=index)

@@ -106,7 +106,8 @@ class Clusters(Target):
         if len(vectors) < config.codes:
             raise ValueError(f"clusters: codes={config.codes}, but the training samples have {len(vectors)} tokens")
         mean, deviation = vectors.mean(0), vectors.std(0, unbiased=False).clamp_min(1e-5)
-        means = MiniBatchKMeans(config.codes, random_state=config.seed, batch_size=4096, n_init=3)
+        starts: Any = 3  # its stub says str
+        means = MiniBatchKMeans(config.codes, random_state=config.seed, batch_size=4096, n_init=starts)
         means.fit(((vectors - mean) / deviation).float().numpy())
         self.codes.copy_(torch.from_numpy(np.asarray(means.cluster_centers_)))
         self.mean.copy_(mean)

@@ -53,6 +53,9 @@ class GumbelCodes(Target):
     factors (as the features of wav2vec 2.0 are): of small tokens the noise would choose the codes. It has a gradient:
     the straight-through one of the chosen codes, and that of the diversity of the codes over all tokens of all
     processes (the paper: over the hidden ones; of micro-batches, over each).
+
+    Attributes:
+        chosen: of the last `forward`, which code of each group: int64 [B, N, groups].
     """
 
     Config = GumbelCodesConfig
@@ -66,6 +69,7 @@ class GumbelCodes(Target):
         nn.init.zeros_(self.logits.bias)
         self.codebook = nn.Parameter(torch.rand(config.groups, config.codes, config.dim // config.groups))
         self.project = nn.Linear(config.dim, config.width)
+        self.chosen: Tensor | None = None
         self._parts: dict[str, Tensor] = {}
 
     def forward(self, step: Step, field: str, view: int = 0) -> Content:
@@ -83,7 +87,8 @@ class GumbelCodes(Target):
             noise = uniform(seeds, N * config.groups * config.codes).view(logits.shape).clamp_min(2.0**-25)
             temperature = step.clock.value(config.temperature, config.schedule)
             soft = ((logits - (-noise.log()).log()) / temperature).softmax(-1)
-        hard = F.one_hot(soft.argmax(-1), config.codes).to(soft.dtype)
+        self.chosen = which = soft.argmax(-1)
+        hard = F.one_hot(which, config.codes).to(soft.dtype)
         chosen = hard + soft - soft.detach() if self.training else hard
         vectors = torch.einsum("bngk,gkd->bngd", chosen, self.codebook.to(chosen.dtype))
         return Content(self.project(vectors.flatten(2)))

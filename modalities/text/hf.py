@@ -142,6 +142,10 @@ class HFText(TextEncoder):
         """See `Encoder.content`: the ids, of all that the model can embed."""
         return Content(inputs["ids"], vocabulary=self._embedding.num_embeddings)  # pyright: ignore[reportArgumentType]
 
+    def recode(self, inputs: Inputs, codes: Tensor) -> Inputs:
+        """See `Encoder.recode`."""
+        return {**inputs, "ids": codes}
+
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Run the model on input embeddings; see `Encoder.encode`."""
         self.check_request(keep, layers)

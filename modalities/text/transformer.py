@@ -115,6 +115,10 @@ class TextTransformer(TextEncoder):
         """See `Encoder.content`: the ids, of all that the tokenizer has."""
         return Content(inputs["ids"], vocabulary=self.tokenizer.size)
 
+    def recode(self, inputs: Inputs, codes: Tensor) -> Inputs:
+        """See `Encoder.recode`."""
+        return {**inputs, "ids": codes}
+
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Run the transformer over the kept tokens; see `Encoder.encode`.
 

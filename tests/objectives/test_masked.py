@@ -197,6 +197,56 @@ def test_micro_batches_have_the_gradient_of_the_whole(fields):
             torch.testing.assert_close(a.grad, b.grad, msg=name)
 
 
+class Darker(View):
+    def batch(self, inputs, seeds):
+        return {**inputs, "pixels": (inputs["pixels"].float() * 0.5).to(inputs["pixels"].dtype)}, {}
+
+
+class Shorter(View):
+    def batch(self, inputs, seeds):
+        return {**inputs, "pixels": inputs["pixels"][:, :, :8]}, {}
+
+
+def two(built):
+    """Both views of a batch."""
+    given = batch(built)
+    given.inputs["x"] = given.inputs["x"] * 2
+    return given
+
+
+ALTERED = {"mask": None, "view": 1, "of": 0, "predictor": {"type": "tokenwise"}, "loss": "l1"}
+
+
+def test_all_of_a_view_is_predicted_from_an_altered_one():
+    built = root(masked(**ALTERED), views={"x": [None, Darker(None)]})
+    given = two(built)
+    (objective,) = built.objectives.values()
+    encoder, pixels = built.model.tower("image").encoder, given.inputs["x"][0]
+    read = encoder(Darker(None).batch(pixels, given.seeds)[0]).tokens.values
+    twin = (objective.predictor.layers(read)[:, 1:] - encoder.content(pixels).values[:, 1:]).abs().mean()
+    loss = built(given)["loss"]
+    torch.testing.assert_close(loss, twin)
+    (mine,) = torch.autograd.grad(loss, encoder.patches.weight)
+    (his,) = torch.autograd.grad(twin, encoder.patches.weight)
+    torch.testing.assert_close(mine, his)
+
+
+def test_a_mask_and_an_altered_view_go_together():
+    """The encoder sees the visible tokens of the altered view, the teacher all of the other."""
+    fields = {"view": 1, "of": 0, "target": {"type": "teacher"}}
+    built = root(masked(**fields), views={"x": [None, Darker(None)]}).eval()
+    plain = root(masked(target={"type": "teacher"})).eval()
+    assert built(two(built))["loss"] != plain(batch(plain))["loss"]
+    name, *rest = [name for name in built.seen]
+    assert (name, rest) == ("x/teacher", [])  # of view 0
+
+
+def test_an_altered_view_keeps_its_tokens_in_place():
+    built = root(masked(**ALTERED), views={"x": [None, Shorter(None)]})
+    with pytest.raises(ConfigError, match="view 0 of 'x' has 17 tokens, and view 1 has 9"):
+        built(two(built))
+
+
 def test_a_tower_that_no_objective_reads_rests():
     built = root(masked())
     assert not any(p.requires_grad for p in built.model.tower("text").parameters())
@@ -230,6 +280,9 @@ def test_the_teacher_follows_by_the_clock():
     ({"own": False}, "own: false predicts from `given` fields alone"),
     ({"loss": "chamfer"}, "loss: 'chamfer' does not fit this target"),
     ({"predictor": {"type": "tokenwise"}}, "use input: mask-token"),
+    ({"mask": None}, "mask: null predicts what is seen: name in `of` another view"),
+    ({"mask": None, "of": 0}, "mask: null predicts what is seen"),
+    ({"mask": None, "of": 1, "input": "mask-token"}, "input: mask-token hides nothing"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):

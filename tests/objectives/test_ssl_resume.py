@@ -23,6 +23,7 @@ OBJECTIVES = [
     component("objectives", "bootstrap", fields=["x"], predictor={"hidden": 7}),
     component("objectives", "redundancy", fields=["x"], loss={"type": "sigreg", "slices": 5}),
     component("objectives", "masked", field="x", target={"type": "teacher"}),
+    component("objectives", "masked", field="x", name="clusters", target={"type": "clusters", "codes": 3}),
 ]
 
 
@@ -32,6 +33,8 @@ def build(folder, *, seed=0, callbacks=()):
     columns["x"][4] = None
     columns["id"] = [f"s{i}" for i in range(21)]
     root = ssl_toys.build(*OBJECTIVES, dropout=0.2, momentum=0.8, seed=seed)
+    if seed == 0:  # what is resumed has its clusters from the checkpoint
+        root.fit(lambda field: [value for value in columns[field] if value is not None])
     views = {"x": [ssl_toys.Noise(), ssl_toys.Noise(0.5)]}
     root.views = views
     reader = Reader({"x": root.model.tower("a").encoder}, views)

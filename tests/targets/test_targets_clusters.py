@@ -8,6 +8,7 @@ import torch
 from sklearn.cluster import MiniBatchKMeans
 from torch.nn import functional as F
 
+from mmrep._gradients_measure import Subject
 from mmrep.recipe import read_recipe
 from mmrep.run import Run
 from tests.targets.targets_steps import DEPTH, SIZE, WIDTH, batch, drawn, masked, root, step
@@ -61,8 +62,9 @@ def test_codes_of_a_layer_are_those_of_the_encoder_as_it_started():
     built = root(target=LAYER, encoder={"dropout": 0.5}, **{**HIDDEN, "predictor": {"type": "tokenwise"}})
     built.fit(lambda field: pictures())
     given = batch(built, pictures=pictures())
-    before = masked(built).target(step(built, given), "x").values
+    before = masked(built.eval()).target(step(built, given), "x").values
     assert not any(p.requires_grad for p in masked(built).target.parameters())
+    built.train()
     optimizer = torch.optim.SGD([p for p in built.parameters() if p.requires_grad], lr=1.0)
     for _ in range(2):
         built(given)["loss"].backward()
@@ -115,6 +117,7 @@ def test_a_run_fits_before_it_trains(tmp_path):
     run.train()
     line = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1]
     assert "masked/perplexity" in line
+    assert masked(Subject(run, processes=1, samples=6).root).target.fitted  # as `mmrep gradients` has it
 
 
 def test_hubert_s_loss_is_that_of_torchaudio():

@@ -135,6 +135,27 @@ def test_the_contrastive_loss_equals_transformers_and_the_paper(twin_of, dtype):
         torch.testing.assert_close(contrast(p, t, valid, noise, 0.1), out)
 
 
+def test_all_other_valid_tokens_are_distractors_once_if_none_are_drawn():
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    t = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64)
+    t[0, 3], t[0, 4] = t[0, 1], 0.0  # the same twice; and one that is nothing, which is not its own distractor
+    t.requires_grad_()
+    valid = torch.tensor([[True] * 6, [True, False, True, True, False, False], [False, True] + [False] * 4])
+    out = contrast(p, t, valid, None, 0.2)
+    twin = torch.zeros_like(out)
+    for r in range(3):
+        for at in range(6):
+            others = [i for i in range(6) if i != at and valid[r, i]]
+            if valid[r, at]:
+                twin[r, at] = formula(p[r, at], t[r, at], t[r, others], 0.2)
+    torch.testing.assert_close(out, twin)
+    (mine,) = torch.autograd.grad(out.sum(), p, retain_graph=True)
+    (his,) = torch.autograd.grad(twin.sum(), p)
+    torch.testing.assert_close(mine, his)
+    assert contrast(p[:, :0], t[:, :0], valid[:, :0], None, 0.2).shape == (3, 0)
+
+
 def test_distractors_are_all_other_valid_tokens_and_no_others():
     valid = torch.tensor([[True, False, True, True, True]])
     t = torch.eye(5)[None]
