@@ -39,8 +39,10 @@ class BootstrapConfig(ObjectiveConfig):
     """fields: whose embeddings; of several, each predicts the others. views: of each field.
 
     predictor: one a field; null = none. target: of what the ``teacher`` makes of the other view (BYOL, MoCo v3), or the
-    model itself, as a constant (``stop-gradient``: SimSiam). loss: ``cosine``, 2 - 2 cos; ``mse``, the squared distance
-    of the vectors as they are; ``info-nce``, with the other samples' targets of all processes as negatives.
+    model itself, as a constant (``stop-gradient``: SimSiam), or with its gradient (``online``: VJ-VCR), which needs a
+    term against collapse beside it, such as ``redundancy`` with ``vicreg``. loss: ``cosine``, 2 - 2 cos; ``mse``, the
+    squared distance of the vectors as they are; ``info-nce``, with the other samples' targets of all processes as
+    negatives.
     symmetric: every view predicts every other; false = only those after it. temperature: of ``info-nce``. scaled: it is
     multiplied by twice the temperature, as in MoCo v3. use_group: samples of one group are no negatives of each other.
     """
@@ -48,7 +50,7 @@ class BootstrapConfig(ObjectiveConfig):
     fields: Annotated[tuple[str, ...], Field(min_length=1)]
     views: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1)
     predictor: PredictorConfig | None = default(default_factory=PredictorConfig)
-    target: Literal["teacher", "stop-gradient"] = "teacher"
+    target: Literal["teacher", "stop-gradient", "online"] = "teacher"
     loss: Literal["cosine", "mse", "info-nce"] = "cosine"
     symmetric: bool = True
     temperature: Annotated[float, Field(gt=0)] = 0.2
@@ -65,6 +67,8 @@ class Bootstrap(Objective):
     * SimSiam (Chen and He 2021, arXiv:2011.10566, equation 2): ``target: stop-gradient``; their ``-cos`` is half of
       this, less 1.
     * MoCo v3 (Chen, Xie and He 2021, arXiv:2104.02057, algorithm 1): ``loss: info-nce``, ``weight: 2`` for its sum.
+    * VJ-VCR (Drozdov et al. 2024, arXiv:2412.10925, section 3): ``target: online``, ``loss: mse``, ``symmetric: false``
+      on an earlier and a later part of a video.
     * Text (arXiv:2004.05368 and others): two views of one text that differ in dropout alone, with the teacher.
 
     The papers' embeddings have no unit length before the predictor: ``model.normalize: false``.
@@ -108,7 +112,7 @@ class Bootstrap(Objective):
             x, y = predicted[a][valid], target[b][valid]
             n = step.world.sum(valid.sum())
             losses.append(self._each(step, x, y, valid).sum() * step.world.size / n.clamp_min(1))
-            cosines.append(F.cosine_similarity(x.detach(), y, dim=1).sum())
+            cosines.append(F.cosine_similarity(x.detach(), y.detach(), dim=1).sum())
             counts.append(n)
         reached = sum((step.embedding(*b).sum() * 0 for _, b in self.pairs), torch.zeros((), device=step.model.device))
         cosine = step.world.sum(torch.stack(cosines).sum()) / torch.stack(counts).sum().clamp_min(1)
@@ -127,7 +131,8 @@ class Bootstrap(Objective):
     def _target(self, step: Step, field: str, view: int) -> Tensor:
         if cast(BootstrapConfig, self.config).target == "teacher":
             return step.taught_embedding(field, view)
-        return step.embedding(field, view).detach()
+        online = step.embedding(field, view)
+        return online if cast(BootstrapConfig, self.config).target == "online" else online.detach()
 
     def _each(self, step: Step, x: Tensor, y: Tensor, valid: Tensor) -> Tensor:
         """The loss [n] of each prediction [n, dim] and its target."""

@@ -37,8 +37,9 @@ class VideoAugment(View):
     class Config:
         """Ranges; with every range at its neutral value, and ``jitter`` off, the view changes nothing.
 
-        clip: lowest and highest share of the video's frames that a random window has; every window of that length is
-        equally likely, the first and the last included. jitter: draw the phase of the encoder's sampling: a random
+        within: the part of the video, from where to where in 0..1, in which the window lies. clip: lowest and highest
+        share of that part's frames that a random window has; every window of that length is equally likely, the first
+        and the last included. jitter: draw the phase of the encoder's sampling: a random
         frame in each part (sampling "uniform"), or a random place of the clip (sampling "fps"). speeds: one is drawn.
         The window of speed s is s / (highest speed) as long and is played s times as fast, so that videos of all speeds
         seem equally long. reverse: probability of playing backwards. drop: probability of each frame to be left out;
@@ -49,6 +50,7 @@ class VideoAugment(View):
         """
 
         clip: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.5, 1.0)
+        within: tuple[Share, Share] = (0.0, 1.0)
         jitter: bool = True
         speeds: tuple[Positive, ...] = (1.0,)
         reverse: Share = 0.0
@@ -64,7 +66,9 @@ class VideoAugment(View):
         role: Literal["global", "local", "context", "target", "corrupt"] = "global"
 
         def __post_init__(self) -> None:
-            for name in ("clip", "crop", "ratio"):
+            if self.within[0] == self.within[1]:
+                raise ValueError(f"within: from {self.within[0]:g} to {self.within[1]:g} there is no video")
+            for name in ("clip", "within", "crop", "ratio"):
                 low, high = getattr(self, name)
                 if low > high:
                     raise ValueError(f"{name}: the lowest, {low}, is above the highest, {high}")
@@ -90,8 +94,10 @@ class VideoAugment(View):
         speed = c.speeds[label]
         share = (c.clip[0] + (c.clip[1] - c.clip[0]) * u[1]) * speed / max(c.speeds)
         total = len(video)
-        count = max(round(share * total), 1)
-        first = min(int(u[2] * (total - count + 1)), total - count)
+        begin = min(int(c.within[0] * total), total - 1)
+        part = max(int(c.within[1] * total) - begin, 1)
+        count = max(round(share * part), 1)
+        first = begin + min(int(u[2] * (part - count + 1)), part - count)
         video = video.window(first, count)
         if c.drop:
             gone = (uniform(key, count, stream=2)[0] < c.drop).numpy()

@@ -197,3 +197,14 @@ def test_batch_norm_is_torchs():
 def test_what_cannot_be_is_refused(wrong, message):
     with pytest.raises(ConfigError, match=message):
         build(bootstrap(**wrong))
+
+
+def test_an_online_target_has_its_gradient():
+    root, b = root_of(target="online", loss="mse", symmetric=False), double(batch())
+    assert root.teacher is None
+    step, predictor = step_of(root, b), root.objectives["bootstrap"].predictors["x"]
+    past, future = (step.embedding("x", view) for view in (0, 1))
+    equal(root(b)["loss"], (predictor(past, WORLD) - future).square().sum(1).mean(), root)
+    values = b.inputs["x"][1]["values"].requires_grad_()
+    root(b)["loss"].backward()
+    assert values.grad.any()

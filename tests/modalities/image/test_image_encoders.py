@@ -28,6 +28,7 @@ CASES = [
     ("image-cnn", {"size": 16, "widths": [8, 8], "depths": [1, 1], "block": "convnext", "norm": "layer",
                    "stem_stride": 4, "final_norm": True, "activation": "silu"}, {}),
     ("image-sparse-cnn", {"size": 16, "widths": [8, 16], "depths": [1, 2], "stem": 2, "kernel": 3}, {}),
+    ("image-scale-vit", {"size": 16, "cell": 2, "grid": 4, "width": 16, "depth": 2, "heads": 2}, {}),
     ("timm", {"model": "test_vit", "size": 32}, NO_EMPTY),
     ("timm", {"model": "test_vit2", "size": 32}, NO_EMPTY),
     ("timm", {"model": "eva02_tiny_patch14_224", "size": 42, "options": {"depth": 2}}, NO_EMPTY),

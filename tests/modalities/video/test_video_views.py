@@ -201,3 +201,11 @@ def test_wrong_ranges_are_refused():
     ]:
         with pytest.raises(ConfigError, match=message):
             component("views", "video-augment", **fields)
+
+
+@pytest.mark.parametrize(("within", "low", "high"), [([0.0, 0.5], 0, 12), ([0.5, 1.0], 12, 24), ([0.9, 0.95], 21, 22)])
+def test_a_window_lies_within_its_part_of_the_video(within, low, high):
+    spans = [sampled(view(clip=[0.5, 1.0], within=within), seed)[0] for seed in range(200)]
+    assert {frame for span in spans for frame in span} == set(range(low, high))
+    with pytest.raises(ConfigError, match="there is no video"):
+        view(within=[0.5, 0.5])
