@@ -174,7 +174,7 @@ class VideoFrames(VideoEncoder):
         frames = {_inner(key): value for key, value in inputs.items() if _of_frames(key)}
         axes = inputs["times"].ndim
         values = self._pooled({key: value.flatten(0, axes - 1) for key, value in frames.items()})
-        values = values.view(*valid.shape, -1)
+        values = values.view(*valid.shape, self.width)
         return Content(values, valid[..., None].expand_as(values))
 
     def encode_clips(self, tokens: Tokens, layers: Sequence[int]) -> Encoding:
