@@ -7,85 +7,34 @@ predictor says something of each hidden one; a target says what that should have
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import field as default
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
-from itertools import combinations
-from typing import Annotated, Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from mmrep.config import Component, ConfigError, Of, component, config
+from mmrep.config import ConfigError
 from mmrep.data.sample import stable_hash
-from mmrep.encoder import unsupported
 from mmrep.losses.token_contrast import contrast
 from mmrep.losses.tokenwise import LOSSES
 from mmrep.masks.masker import Masker
 from mmrep.model import Model
+from mmrep.objectives._agreement import disagreement
 from mmrep.objectives._condition import reciprocal_rank, told
 from mmrep.objectives._given import Given
-from mmrep.objectives.objective import Objective, ObjectiveConfig
+from mmrep.objectives._masked_config import MaskedConfig, check_tower, problems_of
+from mmrep.objectives.objective import Objective
 from mmrep.predictors.predictor import Predictor, take
 from mmrep.registry import near
 from mmrep.step import Step, idle
 from mmrep.targets.target import Reading, Target, look
-from mmrep.tokens import Content, Grid, Mask, Tokens, index_set, indicator, keep_special
+from mmrep.tokens import Content, Grid, Mask, Tokens, index_set, keep_special
 from mmrep.views.view import uniform
 
 Seen = tuple[Tokens, Tensor, Tensor]
 """Context, its index and the targets of the predictor."""
-
-
-@config
-class MaskedConfig(ObjectiveConfig):
-    """field: whose tokens are predicted. view: which of its views. target_view: the view that the target reads, if
-    another; its tokens sit in the same places (the clean reading of a corrupted one).
-
-    input: what the encoder reads: only the ``visible`` tokens (MAE, I-JEPA), or all of them with a learned
-    ``mask-token`` in the hidden places (SimMIM, BEiT, HuBERT), or ``unplaced``: the visible ones, and the hidden ones
-    with a learned vector instead of their position (DropPos).
-
-    mask, predictor, target: see their registries; mask: null hides nothing and predicts everything, of a reading that a
-    view has corrupted. tied: masks of objectives with one word here are drawn from the same numbers: fields of one
-    geometry hide the same places, or, with the mask ``complement``, each what the other shows. everywhere: what is
-    visible is predicted too. loss: by name; None = the target's first. negatives, temperature: of the loss
-    ``contrastive`` alone; the distractors of a token are other hidden tokens of its sample, so many drawn with
-    replacement, or ``all``.
-
-    condition: the view's parameters that the predictor is told, and how many figures each has: ``{crop: 4}``.
-    alternatives: so many other samples' conditions are tried instead, to report as ``mrr`` how high the right one
-    ranks; each costs a pass of the predictor. given: other fields of the sample, all of whose tokens the predictor gets
-    too. own: it also gets the visible tokens of the field itself; false = everything hidden is predicted from the given
-    fields alone.
-
-    agreement: of several masks of a sample (``masks: 2``), the weight of ``1 - cos`` between what is predicted of a
-    token under two that both hide it (Point-CMAE, arXiv:2407.05862).
-    """
-
-    field: str
-    view: int = 0
-    target_view: int | None = None
-    input: Literal["visible", "mask-token", "unplaced"] = "visible"
-    mask: Annotated[Component | None, Of("masks")] = default(default_factory=lambda: component("masks", "random"))
-    tied: str | None = None
-    everywhere: bool = False
-    predictor: Annotated[Component, Of("predictors")] = default(
-        default_factory=lambda: component("predictors", "transformer")
-    )
-    target: Annotated[Component, Of("targets")] = default(default_factory=lambda: component("targets", "content"))
-    loss: str | None = None
-    condition: dict[str, Annotated[int, Field(ge=1)]] = default(default_factory=dict[str, int])
-    alternatives: Annotated[int, Field(ge=0)] = 0
-    given: tuple[str, ...] = ()
-    own: bool = True
-    agreement: Annotated[float, Field(ge=0)] = 0.0
-    negatives: Annotated[int, Field(ge=1)] | Literal["all"] = 100
-    temperature: Annotated[float, Field(gt=0)] = 0.1
-    weight: Annotated[float, Field(ge=0)] = 1.0
 
 
 class Masked(Objective):
@@ -109,7 +58,7 @@ class Masked(Objective):
         self.__dict__["_tower"] = tower  # seen, not owned
         self.masker: Masker | None = None if config.mask is None else config.mask.build()
         try:
-            self._refuse(config, model, fields)
+            check_tower(config, tower, fields[config.field])
             self.target: Target = config.target.build(tower)
             self.predictor: Predictor = config.predictor.build(
                 width=tower.encoder.width, out=self.target.width, axes=look(tower.encoder).axes,
@@ -123,54 +72,12 @@ class Masked(Objective):
         self.token = None
         if config.input != "visible" and config.mask is not None:
             self.token = nn.Parameter(0.02 * torch.randn(tower.encoder.width))
-        problems = list(self._problems(config))
+        problems = list(problems_of(config, self.target, self.predictor))
         if problems:
             raise ConfigError([f"objectives.masked.{problem}" for problem in problems])
         chosen = config.loss or self.target.losses[0]
         self.loss = LOSSES.get(chosen)
         self.chosen = chosen
-
-    def _refuse(self, config: MaskedConfig, model: Model, fields: dict[str, str]) -> None:
-        tower = model.tower(fields[config.field])
-        if tower.config.frozen:
-            raise ValueError(f"tower {fields[config.field]!r} is frozen: nothing would learn from its hidden tokens")
-        needs = {"visible": ["drop_tokens"], "mask-token": ["mask_token"], "unplaced": ["drop_tokens", "mask_token"]}
-        for need in needs[config.input] if config.mask is not None else ["tokens"]:
-            if need not in tower.encoder.supports:
-                raise ValueError(unsupported(tower.encoder, need))
-
-    def _problems(self, config: MaskedConfig) -> Iterator[str]:
-        allowed = self.target.losses
-        if config.loss is not None and config.loss not in allowed:
-            hint = near(config.loss, allowed)
-            yield f"loss: {config.loss!r} does not fit this target{hint} One of: {', '.join(allowed)}"
-        if config.field in config.given:
-            yield f"given: {config.field!r} is what is predicted"
-        if not config.own and (not config.given or config.input != "visible"):
-            yield "own: false predicts from `given` fields alone: name some, and use input: visible"
-        if config.agreement and (config.mask is None or getattr(config.mask.config, "masks", 1) < 2):
-            yield "agreement: compares what several masks of a sample hide; use mask: {type: random, masks: 2}"
-        if config.input == "unplaced" and not self.predictor.needs_hidden:
-            yield (
-                f"predictor: {config.predictor.type!r} is told where tokens are, which input: unplaced hides; use "
-                "predictor: {type: tokenwise}"
-            )
-        if self.predictor.blanks and (config.everywhere or config.mask is None):
-            yield (
-                f"predictor: {config.predictor.type!r} knows nothing of the places that it predicts, and these are "
-                "all; use transformer or tokenwise"
-            )
-        if config.alternatives and not config.condition:
-            yield "alternatives: there is no condition to try others of; name the view's parameters in `condition`"
-        if config.mask is None and config.input != "visible":
-            yield f"input: {config.input} hides nothing without a mask"
-        if config.everywhere and config.input == "unplaced":
-            yield "everywhere: the visible tokens have their positions, which would be predicted; leave it out"
-        if self.predictor.needs_hidden and config.input == "visible" and config.mask is not None:
-            yield (
-                f"predictor: {config.predictor.type!r} reads the encoder's output at the hidden places, which input: "
-                "visible does not compute; use input: mask-token, or predictor: {type: transformer}"
-            )
 
     def fit(self, samples: Callable[[str], Iterable[Any]]) -> None:
         """See `Objective.fit`: what the target learns."""
@@ -356,26 +263,3 @@ class Masked(Objective):
     def after_optimizer_step(self) -> None:
         """See `Objective.after_optimizer_step`."""
         self.target.after_optimizer_step()
-
-
-def disagreement(predicted: Tensor, target: Tensor, groups: int, n: int) -> Tensor:
-    """The mean of ``1 - cos`` over the tokens and pairs of groups that both predict the token; 0 if none do: [B].
-
-    Args:
-        predicted: [B * groups, Nt, width].
-        target: int64 [B * groups, Nt], of which tokens; -1 is an empty slot.
-        groups: of a sample.
-        n: tokens of a sample.
-    """
-    B = len(target) // groups
-    predicted = predicted if predicted.dtype == torch.float64 else predicted.float()
-    at = target.masked_fill(target < 0, n)[..., None].expand_as(predicted)
-    whole = predicted.new_zeros(B * groups, n + 1, predicted.shape[2]).scatter(1, at, predicted)[:, :n]
-    hidden = indicator(target, n).view(B, groups, n)
-    unit = F.normalize(whole, dim=-1, eps=1e-8).view(B, groups, n, -1)
-    total, count = predicted.new_zeros(B), predicted.new_zeros(B)
-    for a, b in combinations(range(groups), 2):
-        both = hidden[:, a] & hidden[:, b]
-        total = total + ((1 - (unit[:, a] * unit[:, b]).sum(-1)) * both).sum(1)
-        count = count + both.sum(1)
-    return total / count.clamp_min(1)
