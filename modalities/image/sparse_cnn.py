@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import torch
 from pydantic import Field
@@ -107,13 +107,13 @@ class ImageSparseCNN(ImageEncoder):
         side = self.patch
         x = F.fold(tokens.values.transpose(1, 2), (rows * side, columns * side), side, stride=side)
         for shrink, norm, blocks in zip(self.shrink, self.norms, self.stages, strict=True):
-            kernel = shrink.kernel_size[0]
+            kernel = cast(nn.Conv2d, shrink).kernel_size[0]
             side //= kernel
             there = seen.repeat_interleave(side, 2).repeat_interleave(side, 3)
             # A hidden patch is none of the input's business either: it may hold anything, a NaN too.
             before = there.repeat_interleave(kernel, 2).repeat_interleave(kernel, 3)
             x = _per_cell(norm, shrink(x.masked_fill(before == 0, 0))) * there
-            for block in blocks:
+            for block in cast(nn.ModuleList, blocks):
                 x = block(x, there)
         dense = Tokens(x.flatten(2).transpose(1, 2), tokens.grid)
         return Encoding(dense.keep(keep))
