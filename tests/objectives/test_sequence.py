@@ -20,8 +20,10 @@ def actions(b, views=3):
     """Parameters of each view, a function of the sample."""
     n = int(b.present["x"].sum())
     rows = torch.tensor([int(i) for i in b.ids])[b.present["x"]].float()
-    b.params = {"x": [{"angle": (v + 1) * rows / 9, "box": torch.stack([rows - v, rows * v], 1).view(n, 2, 1) / 9}
-                      for v in range(views)]}  # fmt: skip
+    b.params = {"x": [
+        {"angle": (v + 1) ** 2 * rows / 9, "box": torch.stack([rows - v**2, rows * v], 1).view(n, 2, 1) / 9}
+        for v in range(views)
+    ]}  # fmt: skip
     return b
 
 
