@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import field as default
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import torch
 from pydantic import Field
@@ -17,6 +17,7 @@ from mmrep.schedules import Schedule
 from mmrep.step import idle
 from mmrep.targets._codebook import perplexity
 from mmrep.targets.target import Target
+from mmrep.targets.teacher import normalized
 from mmrep.tokens import Content
 from mmrep.views.view import uniform
 
@@ -28,14 +29,17 @@ if TYPE_CHECKING:
 class GumbelCodesConfig:
     """groups, codes: one of so many codes is chosen in each group. dim: width of the chosen codes side by side.
 
-    width: of what is predicted, a linear map of these. temperature: of the Gumbel softmax, and how it falls over the
-    run (by default linearly to 0.5; wav2vec 2.0 has it fall exponentially). diversity: weight of the penalty on codes
-    that are not used.
+    norm: of the tokens before that: ``instance`` (over the tokens of a sample, for each channel), or ``layer`` (over
+    the channels of a token, as wav2vec 2.0): what all tokens have in common then counts too, and on real speech all of
+    them fell to one code within ten steps. width: of what is predicted, a linear map of the codes. temperature: of the
+    Gumbel softmax, and how it falls over the run (by default linearly to 0.5; wav2vec 2.0 has it fall exponentially).
+    diversity: weight of the penalty on codes that are not used.
     """
 
     groups: Annotated[int, Field(ge=1)] = 2
     codes: Annotated[int, Field(ge=2)] = 320
     dim: Annotated[int, Field(ge=1)] = 256
+    norm: Literal["instance", "layer"] = "instance"
     width: Annotated[int, Field(ge=1)] = 256
     temperature: Annotated[float, Field(gt=0)] = 2.0
     schedule: Schedule | None = default(default_factory=lambda: Schedule(shape="linear", end=0.5))
@@ -49,7 +53,7 @@ class GumbelCodesConfig:
 class GumbelCodes(Target):
     """The quantiser of wav2vec 2.0 (Baevski et al. 2020, arXiv:2006.11477, section 2 and eq. 1 and 4).
 
-    What is quantised are the tokens as they come from ``tokenize``, less their positions, layer-normed without learned
+    What is quantised are the tokens as they come from ``tokenize``, less their positions, normed without learned
     factors (as the features of wav2vec 2.0 are): of small tokens the noise would choose the codes. It has a gradient:
     the straight-through one of the chosen codes, and that of the diversity of the codes over all tokens of all
     processes (the paper: over the hidden ones; of micro-batches, over each).
@@ -78,10 +82,11 @@ class GumbelCodes(Target):
         tokens = step.tokens(field, view)
         values = tokens.values if tokens.positions is None else tokens.values - tokens.positions
         B, N = tokens.grid.valid.shape
-        logits = self.logits(F.layer_norm(values, values.shape[-1:])).view(B, N, config.groups, config.codes)
+        counted = tokens.grid.valid & ~tokens.grid.special
+        logits = self.logits(normalized(values, counted, config.norm)).view(B, N, config.groups, config.codes)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         soft = logits.softmax(-1)
-        self._penalise(step, soft[tokens.grid.valid & ~tokens.grid.special])
+        self._penalise(step, soft[counted])
         if self.training:
             seeds = step.batch.seeds[step.present(field)] + stable_hash(field, view, "gumbel")
             noise = uniform(seeds, N * config.groups * config.codes).view(logits.shape).clamp_min(2.0**-25)

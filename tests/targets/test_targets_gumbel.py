@@ -12,7 +12,7 @@ from mmrep.schedules import Clock
 from mmrep.views.view import uniform
 from tests.targets.targets_steps import batch, masked, root, step
 
-SMALL = {"type": "gumbel-codes", "groups": 2, "codes": 6, "dim": 8, "width": 5}
+SMALL = {"type": "gumbel-codes", "norm": "layer", "groups": 2, "codes": 6, "dim": 8, "width": 5}
 WAV2VEC = {
     "target": SMALL,
     "input": "mask-token",

@@ -67,7 +67,7 @@ def test_online_codes_of_the_teacher_learn_and_stay_alive():
 
 def test_codes_do_not_depend_on_the_scale_of_tokens():
     """Of tokens near zero the Gumbel noise would draw the codes, whatever is in them, and there is nothing to learn."""
-    built = root(target=GUMBEL, input="mask-token", predictor={"type": "tokenwise"})
+    built = root(target={**GUMBEL, "norm": "layer"}, input="mask-token", predictor={"type": "tokenwise"})
     target, s = masked(built).target, step(built, batch(built))
     tokens = s.tokens("x")
     before = target(s, "x").values
@@ -75,6 +75,23 @@ def test_codes_do_not_depend_on_the_scale_of_tokens():
     s._tokens["x", 0] = Tokens(small + tokens.positions, tokens.grid, tokens.positions)
     assert tokens.values.std() > 0.05
     torch.testing.assert_close(target(s, "x").values, before, atol=1e-3, rtol=1e-3)
+
+
+def test_what_tokens_have_in_common_does_not_choose_their_codes():
+    used = {}
+    for norm in ("layer", "instance"):
+        built = root(target={**GUMBEL, "norm": norm}, input="mask-token", predictor={"type": "tokenwise"})
+        target, s = masked(built).target, step(built, batch(built))
+        tokens = s.tokens("x")
+        s._tokens["x", 0] = Tokens(tokens.values + 5 * torch.randn(4, 1, 16), tokens.grid, tokens.positions)
+        target.eval()(s, "x")
+        used[norm] = float(target.parts()["perplexity"])
+        codes = target.chosen
+        x = (tokens.values - tokens.positions)[:, 1:]
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+        twin = target.logits(x).view(4, 16, 2, CODES).argmax(-1)
+        assert torch.equal(codes[:, 1:], twin) == (norm == "instance")
+    assert used["instance"] > 2 * used["layer"]
 
 
 def test_a_codebook_that_died_says_so():
