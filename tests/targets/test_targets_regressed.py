@@ -48,7 +48,7 @@ def test_the_loss_is_that_of_the_decoder_and_of_the_alignment():
     for ours, theirs in zip(*found, strict=True):
         if theirs is not None:
             torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
-    assert float(out["alignment"]) * 1.5 + float(out["decoding"]) == pytest.approx(float(out["loss"]), rel=1e-5)
+    assert float(out["alignment"]) * 1.5 + float(out["decoding"]) == pytest.approx(out["loss"].item(), rel=1e-5)
 
 
 def _row(part, i):
