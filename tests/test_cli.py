@@ -147,7 +147,7 @@ def test_search_without_an_index_says_how_to_make_one(mmrep, tmp_path):
 
 
 def test_list_and_cp(mmrep, tmp_path):
-    assert mmrep("list", "encoders", "*vit*").split() == ["image-vit"]
+    assert mmrep("list", "encoders", "*vit").split() == ["image-scale-vit", "image-vit"]
     assert "quickstart" in mmrep("list").split()
     assert "did you mean 'encoders'" in mmrep("list", "encodres", code=2)
     mmrep("cp", "quickstart", tmp_path)
