@@ -201,7 +201,6 @@ class Run:
                 memo=self._memo(self.folder, here.rank), teacher=recipe.teacher,
             )  # fmt: skip
         root.fit(self.samples)
-        share_buffers(root.objectives)  # of another machine they may be rounded differently
         loader = self._loader(model, views, raw=root.raw, rank=here.rank, size=here.size)
         # A small set is judged after its first pass, a large one after a thousand samples.
         enough = 1000 if self.train_source.streaming else min(1000, len(self.train_source) // here.size)
