@@ -8,7 +8,7 @@ In a recipe::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,12 +22,13 @@ from mmrep.modalities.audio._base import AudioEncoder
 from mmrep.modalities.audio._mel import LogMel, Mel, masked_frames
 from mmrep.modalities.audio._positions import sincos
 from mmrep.modalities.audio._statistics import learn, read_statistics, write_statistics
-from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Content, Grid, Inputs, Tokens
+from mmrep.transformer_encoder import TransformerEncoder
 
 Side = Annotated[int, Field(ge=1)]
 
 
-class AudioSpectrogram(AudioEncoder):
+class AudioSpectrogram(TransformerEncoder, AudioEncoder):
     """Patches of the log-mel spectrogram to tokens; only the tokens that are kept are computed.
 
     Tokens are the class token (if any), then the patches by time and, within one time, from low to high bands.
@@ -166,14 +167,6 @@ class AudioSpectrogram(AudioEncoder):
         if fill is not None:
             return nn.functional.pad(values, (0, 0, 1, 0), value=fill)
         return torch.cat([self.special.to(values.dtype).expand(len(values), -1, -1), values], dim=1)
-
-    def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
-        """Tokens to an encoding: [B, N', D], normed; the layers are block outputs, not normed."""
-        self.check_request(keep, layers)
-        kept = tokens.keep(keep)
-        full = kept.grid.shape is not None or bool(kept.grid.valid.all())
-        values, asked = self.transformer(kept.values, None if full else kept.grid.valid, layers)
-        return Encoding(Tokens(self.norm(values), kept.grid), layers=asked)
 
     def length(self, item: Inputs) -> int:
         """The number of patches."""

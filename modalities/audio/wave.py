@@ -7,7 +7,6 @@ In a recipe::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -20,12 +19,13 @@ from mmrep.config import config
 from mmrep.modalities.audio._base import AudioEncoder, Preprocess
 from mmrep.modalities.audio._mel import refuse_masks
 from mmrep.modalities.audio._positions import sincos
-from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Content, Grid, Inputs, Tokens
+from mmrep.transformer_encoder import TransformerEncoder
 
 Size = Annotated[int, Field(ge=1)]
 
 
-class AudioWave(AudioEncoder):
+class AudioWave(TransformerEncoder, AudioEncoder):
     """Strided convolutions make frames of the waveform; each frame is a token.
 
     It departs from wav2vec 2.0 in two things, so that a clip alone gives what it gives in a batch and a dropped token
@@ -146,14 +146,6 @@ class AudioWave(AudioEncoder):
             for part in parts
         )  # fmt: skip
         return Content(values, observed)
-
-    def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
-        """Tokens to an encoding: [B, N', D], normed; the layers are block outputs, not normed."""
-        self.check_request(keep, layers)
-        kept = tokens.keep(keep)
-        full = kept.grid.shape is not None or bool(kept.grid.valid.all())
-        values, asked = self.transformer(kept.values, None if full else kept.grid.valid, layers)
-        return Encoding(Tokens(self.norm(values), kept.grid), layers=asked)
 
     def length(self, item: Inputs) -> int:
         """The number of frames."""

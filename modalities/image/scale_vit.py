@@ -7,13 +7,12 @@ In a recipe::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from mmrep.blocks import Transformer
 from mmrep.config import config
@@ -21,13 +20,14 @@ from mmrep.modalities.image._base import ImageEncoder
 from mmrep.modalities.image._preprocess import Preprocess
 from mmrep.modalities.image.vit import sincos_2d
 from mmrep.predictors.predictor import sincos
-from mmrep.tokens import Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Grid, Inputs, Tokens
+from mmrep.transformer_encoder import TransformerEncoder
 
 _SPAN = 16.0
 """What the side of a patch counts as, whatever its pixels, in the sines of a cell's place within it."""
 
 
-class ImageScaleViT(ImageEncoder):
+class ImageScaleViT(TransformerEncoder, ImageEncoder):
     """Pictures of any multiple of ``grid * cell`` pixels to ``grid`` x ``grid`` tokens.
 
     The scale-adaptive patch encoder of AnySat (Astruc et al. 2024, arXiv:2412.14123, section 3.1): a patch covers the
@@ -93,11 +93,3 @@ class ImageScaleViT(ImageEncoder):
         tokens = self.patch_norm(read[:, 0]).view(B, g * g, self.width)
         positions = sincos_2d(g, g, self.width, tokens.device).to(tokens.dtype).expand(B, -1, -1)
         return Tokens(tokens + positions, Grid.regular(B, (g, g), device=tokens.device), positions)
-
-    def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
-        """Tokens to an encoding: [B, N', D], normed; the layers are block outputs, not normed."""
-        self.check_request(keep, layers)
-        kept = tokens.keep(keep)
-        full = kept.grid.shape is not None or bool(kept.grid.valid.all())
-        values, asked = self.transformer(kept.values, None if full else kept.grid.valid, layers)
-        return Encoding(Tokens(self.norm(values), kept.grid), layers=asked)

@@ -21,11 +21,12 @@ from mmrep.config import config
 from mmrep.modalities.image._base import ImageEncoder
 from mmrep.modalities.image._native import collate_patches, fit_native, ragged_grid, to_patches
 from mmrep.modalities.image._preprocess import Preprocess
-from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Content, Grid, Inputs, Tokens
+from mmrep.transformer_encoder import TransformerEncoder
 from mmrep.views import View
 
 
-class ImageViT(ImageEncoder):
+class ImageViT(TransformerEncoder, ImageEncoder):
     """Patches to tokens; only the tokens that are kept are computed.
 
     Tokens are the class token (if any), the registers (if any), then the patches in raster order. Positions are added
@@ -178,14 +179,6 @@ class ImageViT(ImageEncoder):
         if self.special is None:
             return values
         return torch.cat([self.special.to(values.dtype).expand(len(values), -1, -1), values], dim=1)
-
-    def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
-        """Tokens to an encoding: [B, N', D], normed; the layers are block outputs, not normed."""
-        self.check_request(keep, layers)
-        kept = tokens.keep(keep)
-        full = kept.grid.shape is not None or bool(kept.grid.valid.all())
-        values, asked = self.transformer(kept.values, None if full else kept.grid.valid, layers)
-        return Encoding(Tokens(self.norm(values), kept.grid), layers=asked)
 
     def no_weight_decay(self) -> set[str]:
         """Positions, class token and registers."""

@@ -7,7 +7,6 @@ In a recipe::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -19,10 +18,11 @@ from mmrep.blocks import Transformer
 from mmrep.config import config
 from mmrep.modalities.point_cloud._base import PointEncoder, Preprocess
 from mmrep.modalities.point_cloud.grouping import farthest_points, gather, nearest
-from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Content, Grid, Inputs, Tokens
+from mmrep.transformer_encoder import TransformerEncoder
 
 
-class PointPatch(PointEncoder):
+class PointPatch(TransformerEncoder, PointEncoder):
     """Groups around farthest points to tokens; only the tokens that are kept are computed by the transformer.
 
     A token is a group: a centre, chosen by farthest point sampling, and its nearest points relative to it, read by a
@@ -125,14 +125,6 @@ class PointPatch(PointEncoder):
         centres = gather(points, chosen)
         members = nearest(centres, points, valid, self.config.neighbors)
         return chosen, centres, members, gather(points, members) - centres[:, :, None]
-
-    def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
-        """Tokens to an encoding: [B, N', D], normed; the layers are block outputs, not normed."""
-        self.check_request(keep, layers)
-        kept = tokens.keep(keep)
-        full = bool(kept.grid.valid.all())
-        values, asked = self.transformer(kept.values, None if full else kept.grid.valid, layers)
-        return Encoding(Tokens(self.norm(values), kept.grid), layers=asked)
 
     def no_weight_decay(self) -> set[str]:
         """The class token."""

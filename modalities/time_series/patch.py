@@ -7,7 +7,7 @@ In a recipe::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +23,8 @@ from mmrep.modalities.time_series._normalization import FILE, Normalization, lea
 from mmrep.modalities.time_series._scalars import ScalarEmbedding
 from mmrep.modalities.time_series._stats import standardize
 from mmrep.modalities.time_series.decode import LARGEST
-from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
+from mmrep.tokens import Content, Grid, Inputs, Tokens
+from mmrep.transformer_encoder import TransformerEncoder
 
 Positive = Annotated[float, Field(gt=0)]
 SCALES = tuple(10.0**power for power in range(-4, 5))
@@ -87,7 +88,7 @@ class SeriesPatchConfig:
         return self.normalize == "fit" or self.time_scale is None
 
 
-class SeriesPatch(SeriesEncoder):
+class SeriesPatch(TransformerEncoder, SeriesEncoder):
     """Windows of a series to tokens; only the tokens that are kept are computed.
 
     Of each window and channel the encoder sees the *shape* (the observed values, standardised by their own mean and
@@ -201,14 +202,6 @@ class SeriesPatch(SeriesEncoder):
         front = 0 if self.special is None else self.special.shape[1]
         values, seen = (F.pad(part, (0, 0, front, 0)) for part in cut)
         return Content(values, seen)
-
-    def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
-        """Tokens to an encoding: [B, N', D], normed; the layers are block outputs, not normed."""
-        self.check_request(keep, layers)
-        kept = tokens.keep(keep)
-        full = kept.grid.shape is not None or bool(kept.grid.valid.all())
-        values, asked = self.transformer(kept.values, None if full else kept.grid.valid, layers)
-        return Encoding(Tokens(self.norm(values), kept.grid), layers=asked)
 
     def save_files(self, folder: Path) -> None:
         """Write what was learned, if anything was."""
