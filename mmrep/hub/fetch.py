@@ -6,13 +6,19 @@ Nothing here opens a file of weights; pickles are not even downloaded.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.h5", "*.msgpack")
 _UNUSED = (*PICKLES, "*.onnx", "*.onnx_data", "*.tflite", "*.gguf", "*.ot", "*.mlmodel", "onnx/*", "openvino/*", "*.py")
+_PAUSES = (1.0, 3.0)
+"""Seconds before a server in trouble is asked again."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -46,11 +52,11 @@ def fetch(repo: str, **hub: Any) -> Fetched:
         ModelFolderError: no such repository or revision, no access, no network, or a file that is not what the hub
             says it is.
     """
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import errors
 
     before = _known_blobs(repo, hub.get("cache_dir"))
     try:
-        folder = Path(snapshot_download(repo, ignore_patterns=list(_UNUSED), library_name="mmrep", **hub))
+        folder = _snapshot(repo, hub)
     except errors.GatedRepoError as error:
         raise ModelFolderError(
             f"{repo!r} is gated: accept its conditions on its page, then give token=… or log in with `hf auth login`"
@@ -61,12 +67,11 @@ def fetch(repo: str, **hub: Any) -> Fetched:
             "give token=… or log in with `hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
-        raise ModelFolderError(f"{repo!r} has no revision {hub.get('revision')!r}: give a branch, tag or commit") from (
-            error
-        )
+        revision = hub.get("revision")
+        raise ModelFolderError(f"{repo!r} has no revision {revision!r}: give a branch, tag or commit") from error
     except errors.HFValidationError as error:
         raise ModelFolderError(f"{repo!r} is no folder and no hub id organisation/name: {error}") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, FileNotFoundError) as error:
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise ModelFolderError(
             f"{repo!r} is not in the local cache, and the hub cannot be asked (offline, or local_files_only=True): "
             f"load it once with a network, or give a folder ({error})"
@@ -78,6 +83,21 @@ def fetch(repo: str, **hub: Any) -> Fetched:
     _verify(folder, before)
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
     return Fetched(folder, commit, _pickles(repo, folder, hub))
+
+
+def _snapshot(repo: str, hub: dict[str, Any]) -> Path:
+    """huggingface_hub's download; a server that is in trouble is asked again, which the client does for pieces alone."""
+    from huggingface_hub import errors, snapshot_download
+
+    for pause in (*_PAUSES, None):
+        try:
+            return Path(snapshot_download(repo, ignore_patterns=list(_UNUSED), library_name="mmrep", **hub))
+        except errors.HfHubHTTPError as error:
+            if pause is None or error.response is None or error.response.status_code < 500:
+                raise
+            logger.info("%s: %s; asked again in %s s", repo, error, pause)
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _known_blobs(repo: str, cache_dir: Any) -> set[str]:
