@@ -86,7 +86,7 @@ def fetch(repo: str, **hub: Any) -> Fetched:
 
 
 def _snapshot(repo: str, hub: dict[str, Any]) -> Path:
-    """huggingface_hub's download; a server that is in trouble is asked again, which the client does for pieces alone."""
+    """huggingface_hub's download; a server in trouble is asked again, which the client does for pieces alone."""
     from huggingface_hub import errors, snapshot_download
 
     for pause in (*_PAUSES, None):

@@ -28,7 +28,8 @@ def load(
 
     Args:
         name: a folder, or a hub id ``organisation/name``, of a model of ours or of transformers,
-            sentence-transformers, open_clip or timm; or ``scheme:name``, where the scheme is the library: ``hf:organisation/name``,
+            sentence-transformers, open_clip or timm; or
+            ``scheme:name``, where the scheme is the library: ``hf:organisation/name``,
             ``open_clip:ViT-B-32/laion2b_s34b_b79k``, ``timm:resnet50.a1_in1k``.
         device: where to put the model; None = CPU.
         check_fingerprint: refuse a model of ours whose embeddings are not those it was saved with.

@@ -34,7 +34,7 @@ class ViTTrunk(nn.Module):
 
     def __init__(self, model: Any, config: Any, family: Family, projection: nn.Module | None) -> None:
         super().__init__()
-        if hasattr(model, "pooler") and not config.add_pooling_layer:
+        if hasattr(model, "pooler") and not getattr(config, "add_pooling_layer", True):
             model.pooler = None
         if getattr(model.embeddings, "mask_token", None) is not None:
             model.embeddings.mask_token = None  # of the pretraining; it would get no gradient

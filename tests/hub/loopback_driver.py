@@ -1,4 +1,4 @@
-"""What test_loopback runs in a process of its own, since huggingface_hub reads the hub's address when it is imported."""
+"""What test_loopback runs in a process of its own: huggingface_hub reads the hub's address when it is imported."""
 
 from __future__ import annotations
 

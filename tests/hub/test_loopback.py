@@ -1,4 +1,4 @@
-"""Loading from a hub that is served on the loopback interface, by the client's real code path, and every way to fail."""
+"""Loading from a hub that is served on loopback, by the client's real code path, and every way to fail."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _kind(name: str, folder: Path) -> str:
         remote = document.get("auto_map")
         if remote:
             raise ModelFolderError(
-                f"{name!r} is a {kind!r} model whose code is in its own repository ({', '.join(map(str, remote))}), and "
+                f"{name!r} is a {kind!r} model whose code is in its own repository ({', '.join(remote)}), and "
                 "mmrep never runs code of a repository. Where you trust it: load it with transformers and "
                 "trust_remote_code=True inside an encoder of your own (see CONTRIBUTING.md, a new encoder)"
             )
