@@ -120,7 +120,7 @@ def encode(
     """Embed files or texts into a .npy file."""
     import numpy as np
 
-    from mmrep.hub.folder import load
+    from mmrep.hub.load import load
 
     values: list[Any] = [line.rstrip("\n") for line in sys.stdin] if inputs == ["-"] else list(inputs)
     vectors = load(_model_folder(model)).encode(values, modality, batch_size=batch_size, truncate_dim=truncate_dim)

@@ -10,28 +10,33 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mmrep.config import ConfigError, parse
+from mmrep.config import ConfigError, dump, parse
+from mmrep.hub.bridges.bridge import Bridge
 from mmrep.hub.folder import FILES, WEIGHTS, ModelFolderError, locate, read_config
+from mmrep.hub.load import bridge
 from mmrep.model import Model, ModelConfig
 
 
 def saved_config(start: str) -> dict[str, Any]:
-    """The ``model`` part of a saved model's config, as plain data.
+    """The ``model`` part of a saved model's config, as plain data, or that of another library's checkpoint.
 
     Raises:
         ConfigError: there is no such model.
     """
     try:
+        found = _bridge(start)
+        if found is not None:
+            return dump(parse(ModelConfig, found.named(), "start"))
         return read_config(locate(_model_folder(start)))["model"]
     except ModelFolderError as error:
         raise ConfigError([f"start: {error}"]) from error
 
 
 class Start:
-    """A saved model as the beginning of another.
+    """A saved model, or another library's checkpoint, as the beginning of another.
 
     Args:
-        start: its folder, the run folder that holds it, or a hub id.
+        start: its folder, the run folder that holds it, or a hub id; or whatever else `mmrep.load` takes.
         config: of the model that begins from it.
 
     Raises:
@@ -41,7 +46,8 @@ class Start:
     def __init__(self, start: str, config: ModelConfig) -> None:
         self.name = start
         saved = parse(ModelConfig, saved_config(start), "start")
-        self.folder = locate(_model_folder(start))
+        self.bridge = _bridge(start)
+        self.folder = None if self.bridge is not None else locate(_model_folder(start))
         problems = [] if saved.dim == config.dim else [f"model.dim: {config.dim}, but {start!r} has {saved.dim}"]
         for name, tower in saved.towers.items():
             new = config.towers.get(name)
@@ -59,7 +65,12 @@ class Start:
         self.config = config
 
     def files(self) -> dict[str, Path]:
-        """Per tower that begins from the saved model, the folder of its encoder's files (absent or not)."""
+        """Per tower that begins from the saved model, the folder of its encoder's files (absent or not).
+
+        Encoders of another library's checkpoint read it themselves, by the path that their config says.
+        """
+        if self.folder is None:
+            return {}
         return {name: self.folder / FILES / name for name in self.towers}
 
     @torch.no_grad()
@@ -69,6 +80,10 @@ class Start:
         Raises:
             ConfigError: a saved value has another shape.
         """
+        if self.folder is None:
+            assert self.bridge is not None
+            self.bridge.fill(model)
+            return
         weights = load_file(self.folder / WEIGHTS)
         expected = model.state_dict()
         old = tuple(f"towers.{name}." for name in self.towers)
@@ -80,6 +95,10 @@ class Start:
             named = ", ".join([*absent, *wrong][:5])
             raise ConfigError([f"start: {self.name!r} has no fitting values for {named}"])
         model.load_state_dict({k: v for k, v in weights.items() if k in expected}, strict=False)
+
+
+def _bridge(start: str) -> Bridge | None:
+    return bridge(_model_folder(start))
 
 
 def _is_shared(key: str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
