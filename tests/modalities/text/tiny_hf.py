@@ -93,7 +93,7 @@ def make(kind: str) -> tuple[Any, Any]:
         "align": lambda: (
             hf.AlignModel(hf.AlignConfig(
                 text_config={**SIZES, "pad_token_id": 0}, projection_dim=16,
-                vision_config={"hidden_dim": 32, "image_size": 16, "depthwise_padding": [], "in_channels": [16],
+                vision_config={"hidden_dim": 32, "image_size": 16, "depthwise_padding": [], "in_channels": [32],
                                "out_channels": [16], "kernel_sizes": [3], "strides": [1], "num_block_repeats": [1],
                                "expand_ratios": [1], "width_coefficient": 1.0, "depth_coefficient": 1.0},
             )),
