@@ -228,6 +228,24 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
 
         return load(pretrained_model_name_or_path, **options)
 
+    def export(self, target: str, folder: str | Path, *, tower: str | None = None) -> Path:
+        """Write the model in the layout of another library.
+
+        Args:
+            target: ``hf`` (transformers), ``sentence-transformers``, ``open_clip`` or ``onnx``.
+            folder: absent or empty.
+            tower: the only one to write; None = all, where the target has room for them.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ExportError: the target cannot express this model; the message names the part.
+        """
+        from mmrep.hub.exports.export import export
+
+        return export(self, target, folder, tower=tower)
+
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The README.md of a saved model."""
         from mmrep.hub.card import model_card

@@ -179,6 +179,7 @@ views = Registry("mmrep.views", "view")
 sources = Registry("mmrep.sources", "data source")
 evaluations = Registry("mmrep.evaluations", "evaluation")
 bridges = Registry("mmrep.bridges", "bridge")
+exports = Registry("mmrep.exports", "export target")
 
 REGISTRIES: dict[str, Registry] = {
     registry.group.removeprefix("mmrep."): registry

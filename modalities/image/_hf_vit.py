@@ -77,7 +77,7 @@ class ViTTrunk(nn.Module):
         kept = tokens.keep(keep)
         full = kept.grid.shape is not None or bool(kept.grid.valid.all())
         valid = None if full else kept.grid.valid
-        rows = len(kept.values)
+        rows = kept.values.shape[0]
         values = kept.values if rows else kept.values.new_zeros(1, *kept.values.shape[1:]) + kept.values.sum()
         valid = valid if rows else None
         if hasattr(self.model, "pre_layrnorm"):
