@@ -129,6 +129,19 @@ def encode(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Whatever mmrep.load takes: a folder, a hub id, open_clip:model/tag, …")],
+    target: Annotated[str, typer.Argument(help="hf, sentence-transformers, open_clip or onnx.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    tower: Annotated[str | None, typer.Option(help="The only tower to write.")] = None,
+) -> None:
+    """Write a model in the layout of another library."""
+    from mmrep.hub.load import load
+
+    typer.echo(f"{model} → {load(_model_folder(model)).export(target, out, tower=tower)}", err=True)
+
+
+@app.command()
 def index(
     data: Annotated[Path, typer.Argument(help="Run folder (its held-out data is indexed), or a folder of files.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Saved model; default the run's own.")] = None,

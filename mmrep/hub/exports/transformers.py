@@ -33,6 +33,7 @@ class HuggingFace(Export):
         if network is None and not problems:
             problems.append("its network is a part of a larger one (an encoder of two halves, or of a joint model)")
         refuse(tower, "transformers", problems)
+        assert network is not None, "it was refused"
         network.save_pretrained(folder)
         tower.encoder.save_files(folder)
         network.config.save_pretrained(folder)
