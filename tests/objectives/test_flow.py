@@ -7,14 +7,18 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from mmrep.config import ConfigError, component
 from mmrep.data.batch import Batch
 from mmrep.losses.warping import cost_volume, resize_flow, warp
 from mmrep.model import Model, ModelConfig, TowerConfig
 from mmrep.objectives.root import Root
+from mmrep.training.collectives import world
 from tests.objectives.ssl_toys import step_of
+from tests.ranks import run_ranks
 
 SMALL = {"frames": 3, "size": 16, "tubelet": 1, "patch": 4, "width": 8, "depth": 1, "heads": 2}
 HOW = {"field": "video", "cells": 4, "hidden": 6, "levels": 2, "l2": 0.5, "smoothness": 0.3, "cycle": 0.7, "edge": 2.0}
@@ -249,6 +253,42 @@ def test_absent_samples_do_not_count_and_an_absent_field_costs_nothing():
     none["loss"].backward()
     assert none["loss"] == 0
     assert all(p.grad is not None for p in root.objectives.parameters())
+
+
+ABSENT = {"all": (), "a rank without": (0, 1, 2)}
+
+
+def found_of(name: str, rows: range, wrap) -> dict[str, torch.Tensor]:
+    """Loss and gradients of the samples ``rows`` of five, in double."""
+    frames, here = random_frames(5), [i not in ABSENT[name] for i in rows]
+    root = moved(root_of()).double()
+    wrapped = wrap(root)  # kept: what reduces the gradients lives as long as it does
+    loss = wrapped(batch_of(frames[[i for i in rows if i not in ABSENT[name]]], here))["loss"]
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in root.named_parameters() if p.grad is not None}
+    return {**found, "loss": world().sum(loss.detach().reshape(1)) / world().size}
+
+
+def compare_shards(reference: str) -> dict[str, float]:
+    """On each of two ranks: the largest error of each case, relative to the largest entry of each tensor."""
+    rows = (range(3), range(3, 5))[world().rank]
+    whole, errors = load_file(reference), {}
+    for name in ABSENT:
+        found = found_of(name, rows, lambda root: DistributedDataParallel(root, gradient_as_bucket_view=True))
+        expected = {key: whole[f"{name}/{key}"] for key in found}
+        size = max(float(value.abs().max()) for value in expected.values())
+        errors[name] = max(float((found[key] - value).abs().max()) / size for key, value in expected.items())
+    return errors
+
+
+def test_two_processes_with_different_shards_have_the_gradient_of_one(tmp_path):
+    whole = {f"{n}/{k}": v for n in ABSENT for k, v in found_of(n, range(5), lambda root: root).items()}
+    save_file(whole, tmp_path / "one.safetensors")
+    (tmp_path / "ranks").mkdir()
+    for report in run_ranks(compare_shards, 2, tmp_path / "ranks", str(tmp_path / "one.safetensors")):
+        assert set(report) == set(ABSENT)
+        assert max(report.values()) < 1e-9, report
+    assert all(whole[f"{name}/loss"] > 0.1 for name in ABSENT)
 
 
 @pytest.mark.parametrize(("wrong", "message"), [
