@@ -48,10 +48,11 @@ def cost_volume(a: Tensor, b: Tensor, radius: int) -> Tensor:
 
 
 def ssim(a: Tensor, b: Tensor, window: int = 3) -> Tensor:
-    """Structural similarity (Wang et al. 2004, IEEE TIP 13(4), equation 13) of every ``window`` x ``window`` cells.
+    """Structural similarity (Wang et al. 2004, IEEE TIP 13(4)) of every ``window`` x ``window`` cells, unweighted.
 
     Args:
-        a, b: [n, C, rows, columns]; the constants are those of a range of 1.
+        a: [n, C, rows, columns]; the constants are those of a range of 1.
+        b: as ``a``.
         window: its side, in cells; smaller where the pictures are.
 
     Returns:

@@ -55,8 +55,8 @@ class FlowConfig(ObjectiveConfig):
 
 
 class FlowEstimator(nn.Module):
-    """Feature maps of two moments to the flow between them, from coarse to fine (PWC-Net, Sun et al. 2018,
-    arXiv:1709.02371, section 3): warp by what is known, compare with the neighbourhood, add what is left.
+    """Feature maps of two moments to the flow between them, from coarse to fine: warp by what is known, compare with
+    the neighbourhood, add what is left (as in PWC-Net, Sun et al. 2018, arXiv:1709.02371).
 
     One small network of convolutions serves all levels.
     """
@@ -71,7 +71,7 @@ class FlowEstimator(nn.Module):
         self.last = nn.Conv2d(hidden, 2, 3, padding=1)
         with torch.no_grad():  # nothing moves at first
             self.last.weight.mul_(0.01)
-            self.last.bias.zero_() if self.last.bias is not None else None
+            cast(Tensor, self.last.bias).zero_()
 
     def forward(self, a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
         """Levels [n, D, rows, columns], the coarsest first, of two moments; the flow [n, 2, rows, columns] of each."""
@@ -86,7 +86,7 @@ class FlowEstimator(nn.Module):
 
 
 class Flow(Objective):
-    """Optical flow without labels and features that follow it (MC-JEPA, Bardes, Ponce and LeCun 2023, arXiv:2307.12698).
+    """Optical flow without labels and features that follow it: MC-JEPA (Bardes et al. 2023, arXiv:2307.12698).
 
     Each moment's tokens are encoded by themselves, so that no moment knows the next. With x_t its features at a level,
     f the flow from t to t + 1, b the flow back, I the picture that the tokens were made from, and ``W(x, f)(p) = x(p +

@@ -40,9 +40,10 @@ class AnimatedEmojiConfig(SourceConfig):
 
     split: part of the concept families; seed, validation, test: as of the source ``emoji``, and to the same effect.
     languages: codes; ``caption`` lists the names in all of them. skin_tones: also the skin-tone variants. still: also
-    drawings of one frame. categories: only emoji of these groups of the Unicode charts; empty = of all. frames: hand out so many frames, evenly spread, as an array rather than the file; 0 = the
-    file. A frame of a WebP can only be reached through all before it, which takes 60 ms a file and reading; the array
-    is decoded once and kept in memory. size: height and width of those frames, pixels.
+    drawings of one frame. categories: only emoji of these groups of the Unicode charts; empty = of all. frames: hand
+    out so many frames, evenly spread, as an array rather than the file; 0 = the file. A frame of a WebP can only be
+    reached through all before it, which takes 60 ms a file and reading; the array is decoded once and kept in memory.
+    size: height and width of those frames, pixels.
     """
 
     root: str = "."

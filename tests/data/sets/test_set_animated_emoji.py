@@ -73,7 +73,8 @@ def test_options(folder):
 
 def test_categories_are_the_groups_of_the_unicode_charts(folder):
     source = build(folder, skin_tones=True, label="category")
-    found = dict(zip(source.column("name"), zip(source.column("category"), source.column("subcategory"), strict=True), strict=True))
+    columns = (source.column(name) for name in ("name", "category", "subcategory"))
+    found = {name: (group, part) for name, group, part in zip(*columns, strict=True)}
     assert found == {
         "keycap #": ("Symbols", "keycap"),
         "person running": ("People & Body", "person-activity"),
