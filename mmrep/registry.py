@@ -178,6 +178,7 @@ objectives = Registry("mmrep.objectives", "objective")
 views = Registry("mmrep.views", "view")
 sources = Registry("mmrep.sources", "data source")
 evaluations = Registry("mmrep.evaluations", "evaluation")
+bridges = Registry("mmrep.bridges", "bridge")
 
 REGISTRIES: dict[str, Registry] = {
     registry.group.removeprefix("mmrep."): registry

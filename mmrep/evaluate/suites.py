@@ -139,6 +139,7 @@ class KNN(Evaluation):
     class Config:
         """data: held-out labelled source. field: what is classified. k: neighbours. temperature: of their weights.
 
+        standardize: every dimension first, by the training items' mean and deviation; see `knn_metrics`.
         baselines: ``untrained``, the model before training. per_class: use only so many training labels of each class,
         drawn by a hash of the sample's id; None = all.
         """
@@ -149,6 +150,7 @@ class KNN(Evaluation):
         per_class: Annotated[int, Field(ge=1)] | None = None
         k: Annotated[int, Field(ge=1)] = 20
         temperature: Annotated[float, Field(gt=0)] = 0.07
+        standardize: bool = False
 
     config: Config
 
@@ -157,7 +159,8 @@ class KNN(Evaluation):
         config = self.config
         return _classified(
             bench, config, lambda x, labels, y, answers: knn_metrics(
-                x, labels, y, answers, k=min(config.k, len(x)), temperature=config.temperature
+                x, labels, y, answers, k=min(config.k, len(x)), temperature=config.temperature,
+                standardize=config.standardize,
             )
         )  # fmt: skip
 
