@@ -90,7 +90,8 @@ def main() -> None:
                         for lr in (1e-3, 3e-4)
                     ]  # fmt: skip
                     found.setdefault(f"{name}, supervised from scratch", []).append(max(rivals))
-        print(f"seed {seed}: " + "; ".join(f"{name} {100 * values[-1]:.1f}" for name, values in found.items()), flush=True)
+        told = (f"{name} {100 * values[-1]:.1f}" for name, values in found.items())
+        print(f"seed {seed}: {'; '.join(told)}", flush=True)
     for name, values in found.items():
         spread = f" ({100 * min(values):.1f}-{100 * max(values):.1f})" if len(values) > 1 else ""
         print(f"{o.recipe}: {name}: {100 * statistics.mean(values):.1f}{spread}")

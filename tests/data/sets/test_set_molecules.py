@@ -103,7 +103,8 @@ def test_a_use_is_what_the_stem_of_the_name_says(package):
     with pytest.raises(ConfigError, match="no molecule falls in"):
         build(package, property="use")  # nobody's
     identifiers = package / "Identifiers/chemical identifiers pubchem large.tsv"
-    identifiers.write_text(line(7, "CNC(=O)Oc1ccccc1", "B-C", "C8H9NO2", "phenyl methylcarbamate", "examplecarb") + "\n")
+    row = line(7, "CNC(=O)Oc1ccccc1", "B-C", "C8H9NO2", "phenyl methylcarbamate", "examplecarb")
+    identifiers.write_text(f"{row}\n")
     known = build(package, property="use", label="use")
     assert [known[i].label for i in range(len(known))] == ["carbamate"]
     assert known.column("property_bin") == [None]
