@@ -136,12 +136,13 @@ class Recipe:
                     f"Evaluations: {', '.join(self.evaluations)}"
                 )
         for name, chosen in self.evaluations.items():
-            source = getattr(chosen.config, "data", None)
-            if source is not None and source not in self.data.evaluation:
-                problems.append(
-                    f"evaluations.{name}.data: unknown {source!r}{near(source, self.data.evaluation)} "
-                    f"data.evaluation has: {', '.join(self.data.evaluation) or 'nothing'}"
-                )
+            for key in ("data", "train"):
+                source = getattr(chosen.config, key, None)
+                if source is not None and source not in self.data.evaluation:
+                    problems.append(
+                        f"evaluations.{name}.{key}: unknown {source!r}{near(source, self.data.evaluation)} "
+                        f"data.evaluation has: {', '.join(self.data.evaluation) or 'nothing'}"
+                    )
         if problems:
             raise ConfigError(problems)
 
