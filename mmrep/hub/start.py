@@ -22,7 +22,7 @@ def saved_config(start: str) -> dict[str, Any]:
         ConfigError: there is no such model.
     """
     try:
-        return read_config(locate(_model_folder(start)))["model"]
+        return read_config(locate(model_folder(start)))["model"]
     except ModelFolderError as error:
         raise ConfigError([f"start: {error}"]) from error
 
@@ -41,7 +41,7 @@ class Start:
     def __init__(self, start: str, config: ModelConfig) -> None:
         self.name = start
         saved = parse(ModelConfig, saved_config(start), "start")
-        self.folder = locate(_model_folder(start))
+        self.folder = locate(model_folder(start))
         problems = [] if saved.dim == config.dim else [f"model.dim: {config.dim}, but {start!r} has {saved.dim}"]
         for name, tower in saved.towers.items():
             new = config.towers.get(name)
@@ -92,7 +92,7 @@ def _is_shared(key: str, expected: Mapping[str, Tensor], weights: Mapping[str, T
     )
 
 
-def _model_folder(start: str) -> str:
+def model_folder(start: str) -> str:
     """A run folder stands for its model."""
     inner = Path(start).expanduser() / "model"
     return str(inner) if (inner / "config.json").is_file() else start
