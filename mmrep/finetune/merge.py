@@ -119,10 +119,13 @@ def learn_coefficients(
     begin at equal shares and length 1. Only these few numbers are fitted, so that a small set will do.
 
     Args:
-        base, tuned: as `add_task_vectors`.
+        base: as in `add_task_vectors`.
+        tuned: likewise.
         loss: of one batch, drawn anew in each call if that is wanted; it may use `Model.tower` and call towers, but
             not `Model.encode`, which has no gradient.
-        steps, lr, momentum: of the descent.
+        steps: of the descent.
+        lr: its learning rate.
+        momentum: likewise.
 
     Returns:
         One coefficient for each of ``tuned``.

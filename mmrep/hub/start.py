@@ -80,6 +80,7 @@ class Start:
             named = ", ".join([*absent, *wrong][:5])
             raise ConfigError([f"start: {self.name!r} has no fitting values for {named}"])
         model.load_state_dict({k: v for k, v in weights.items() if k in expected}, strict=False)
+        model.began = frozenset(k for k in expected if k in weights or _is_shared(k, expected, weights))
 
 
 def _is_shared(key: str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
