@@ -96,6 +96,39 @@ def bind(
 
 
 @app.command()
+def merge(
+    models: Annotated[list[str], typer.Argument(help="Saved models of one architecture: folders or hub ids.")],
+    out: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist.")],
+    alpha: Annotated[
+        float | None, typer.Option(help="Of two models A B: (1 - alpha) A + alpha B. Default: the mean of all.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="What the models were tuned from: adds their task vectors.")] = None,
+    scale: Annotated[
+        list[float] | None,
+        typer.Option(help="With --base, of each model; may be repeated. Default: 1 / number."),
+    ] = None,
+) -> None:
+    """Merge models in the space of their weights: interpolation, the mean of several, or task vectors."""
+    from mmrep.finetune._command import merge as merged
+
+    typer.echo(merged(models, out, alpha=alpha, base=base, scale=scale or ()))
+
+
+@app.command()
+def sweep(
+    start: Annotated[str, typer.Argument(help="The model before fine-tuning.")],
+    run: Annotated[Path, typer.Argument(help="Run folder of the fine-tuned one; its recipe says what is measured.")],
+    names: Annotated[list[str] | None, typer.Argument(help="Which evaluations; default all of the recipe's.")] = None,
+    steps: Annotated[int, typer.Option(help="How many steps alpha makes from 0 to 1.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="Folder of sweep.html and sweep.json; default the run's.")] = None,
+) -> None:
+    """Measure every point between a model and its fine-tuned successor, and draw it."""
+    from mmrep.finetune._command import sweep as swept
+
+    typer.echo(swept(start, run, names or None, steps, out or run))
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     names: Annotated[list[str] | None, typer.Argument(help="Which evaluations; default all of the recipe's.")] = None,

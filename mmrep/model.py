@@ -71,7 +71,12 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         config: towers, dimension, temperatures.
         files: per tower, the folder of what its encoder saved or learned (a tokenizer). An encoder that is given one
             builds from it alone and fetches no pretrained weights: they come from the saved state.
+
+    Attributes:
+        began: names in the state whose values are those of the saved model that a recipe starts from; None = no start.
     """
+
+    began: frozenset[str] | None = None
 
     def __init__(self, config: ModelConfig, *, files: Mapping[str, Path] | None = None) -> None:
         super().__init__()

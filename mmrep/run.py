@@ -32,6 +32,7 @@ from mmrep.embed.store import FeatureStore
 from mmrep.evaluate._errands import Errands
 from mmrep.evaluate.encoded import EncodedSet, encode_source, encode_together
 from mmrep.evaluate.evaluation import Bench, Row
+from mmrep.guard import Guard
 from mmrep.hub.folder import load
 from mmrep.hub.start import Start
 from mmrep.model import Model
@@ -249,7 +250,8 @@ class Run:
 
     def _callbacks(self, root: Root) -> list[Callback]:
         watch = [] if self.recipe.collapse is None else [CollapseWatch(self.recipe.collapse, root)]
-        return [*watch, *([Monitor(self, root)] if self.recipe.monitor else [])]
+        monitor = [Monitor(self, root)] if self.recipe.monitor else []
+        return [*watch, *monitor, *([] if self.recipe.guard is None else [Guard(self.recipe.guard, self, root)])]
 
     def _loader(
         self, model: Model, views: Mapping[str, list[View | None]], *, raw: Collection[str] = (), rank: int, size: int

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmrep.config import ConfigError, dump, parse
-from mmrep.hub.bridges.bridge import Bridge
 from mmrep.hub.folder import FILES, WEIGHTS, ModelFolderError, locate, read_config
 from mmrep.hub.load import bridge
 from mmrep.model import Model, ModelConfig
@@ -24,10 +23,10 @@ def saved_config(start: str) -> dict[str, Any]:
         ConfigError: there is no such model.
     """
     try:
-        found = _bridge(start)
+        found = bridge(model_folder(start))
         if found is not None:
             return dump(parse(ModelConfig, found.named(), "start"))
-        return read_config(locate(_model_folder(start)))["model"]
+        return read_config(locate(model_folder(start)))["model"]
     except ModelFolderError as error:
         raise ConfigError([f"start: {error}"]) from error
 
@@ -46,8 +45,8 @@ class Start:
     def __init__(self, start: str, config: ModelConfig) -> None:
         self.name = start
         saved = parse(ModelConfig, saved_config(start), "start")
-        self.bridge = _bridge(start)
-        self.folder = None if self.bridge is not None else locate(_model_folder(start))
+        self.bridge = bridge(model_folder(start))
+        self.folder = None if self.bridge is not None else locate(model_folder(start))
         problems = [] if saved.dim == config.dim else [f"model.dim: {config.dim}, but {start!r} has {saved.dim}"]
         for name, tower in saved.towers.items():
             new = config.towers.get(name)
@@ -83,6 +82,8 @@ class Start:
         if self.folder is None:
             assert self.bridge is not None
             self.bridge.fill(model)
+            old = tuple(f"towers.{name}." for name in self.towers)
+            model.began = frozenset(key for key in model.state_dict() if key.startswith(old))
             return
         weights = load_file(self.folder / WEIGHTS)
         expected = model.state_dict()
@@ -95,10 +96,7 @@ class Start:
             named = ", ".join([*absent, *wrong][:5])
             raise ConfigError([f"start: {self.name!r} has no fitting values for {named}"])
         model.load_state_dict({k: v for k, v in weights.items() if k in expected}, strict=False)
-
-
-def _bridge(start: str) -> Bridge | None:
-    return bridge(_model_folder(start))
+        model.began = frozenset(k for k in expected if k in weights or _is_shared(k, expected, weights))
 
 
 def _is_shared(key: str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:
@@ -111,7 +109,7 @@ def _is_shared(key: str, expected: Mapping[str, Tensor], weights: Mapping[str, T
     )
 
 
-def _model_folder(start: str) -> str:
+def model_folder(start: str) -> str:
     """A run folder stands for its model."""
     inner = Path(start).expanduser() / "model"
     return str(inner) if (inner / "config.json").is_file() else start

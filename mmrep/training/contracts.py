@@ -90,11 +90,18 @@ class Loader(Protocol):
 class Callback:
     """What happens beside training. Every process calls it; it cannot disturb the run's random numbers."""
 
+    def on_fit_begin(self, trainer: Trainer) -> None:
+        """Before the first step that is taken here, in eval mode; of a resumed run after its checkpoint was read."""
+
     def on_step_end(self, trainer: Trainer, step: int) -> None:
         """After each step."""
 
     def on_eval(self, trainer: Trainer, step: int) -> Mapping[str, float] | None:
-        """Every ``eval_every`` steps and after the last, in eval mode; what it returns goes to metrics.jsonl."""
+        """Every ``eval_every`` steps and after the last, in eval mode; what it returns goes to metrics.jsonl.
+
+        Raises:
+            Halt: on every process; the run ends, with a checkpoint.
+        """
 
     def on_save(self, trainer: Trainer, folder: Path) -> None:
         """After each checkpoint, with the checkpoint's folder."""

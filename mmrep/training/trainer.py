@@ -20,6 +20,7 @@ from mmrep.training import rng
 from mmrep.training.cached import forward_backward
 from mmrep.training.contracts import Callback, Loader, TrainConfig
 from mmrep.training.engine import accelerator, prepare, share_buffers
+from mmrep.training.errors import Halt
 from mmrep.training.guard import Interrupts, Statistics, Watch
 from mmrep.training.metrics import MetricsLog, temperatures
 from mmrep.training.optim import OptimConfig, build_optimizer, gradient_norm, set_lr
@@ -139,9 +140,11 @@ class Trainer:
             NonFiniteLoss: a loss or a gradient was not finite, once more often than ``max_skipped`` allows.
             CheckpointError: a checkpoint could not be written.
             ResumeError: there is a run in the folder and ``resume`` is False, or it does not fit this recipe.
+            Halt: a callback has ended the run; a checkpoint was saved before.
             KeyboardInterrupt: Ctrl-C; a checkpoint was saved before. SIGTERM does the same with SystemExit(143).
         """
         self._begin(resume)
+        self._evaluate_before()
         progress = Progress(self.total_steps, done=self.step, main=self.is_main)
         batches = self._batches()
         self.root.train()
@@ -227,7 +230,12 @@ class Trainer:
             self._log()
         paused = time.perf_counter()
         if "eval" in due and self.train.eval_every is not None:
-            self._evaluate()
+            try:
+                self._evaluate()
+            except Halt as halt:
+                self._save(last=True)
+                halt.checkpoint = self.last_checkpoint
+                raise
         if "save" in due or self._stop:
             self._save(last=final or self._stop)
         self._window += time.perf_counter() - paused
@@ -253,6 +261,14 @@ class Trainer:
             now["skipped"] = self.counters.skipped
         self.metrics.flush(self.step, {**now, **temperatures(self.root)}, time.perf_counter() - self._window)
         self._window = time.perf_counter()
+
+    def _evaluate_before(self) -> None:
+        if listening := [c for c in self.callbacks if type(c).on_fit_begin is not Callback.on_fit_begin]:
+            self.root.eval()
+            share_buffers(self.root)
+            with rng.isolated():
+                for callback in listening:
+                    callback.on_fit_begin(self)
 
     def _evaluate(self) -> None:
         self.root.eval()
