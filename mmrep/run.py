@@ -260,7 +260,7 @@ class Run:
         # A view that only chooses among sample values (a caption of many) keeps that true: content is the key.
         memoised = {
             field for field, tower in recipe.data.fields.items()
-            if model.tower(tower).config.frozen and field not in raw
+            if model.tower(tower).frozen and field not in raw
             and not any(_on_device(v) for v in views.get(field, ()))
         }  # fmt: skip
         reader = Reader(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mmrep.config import Component, Of, component, config
 from mmrep.encoder import Encoder
+from mmrep.finetune.freeze import Frozen, freeze
 from mmrep.tokens import Encoding, Inputs
 
 
@@ -20,14 +21,17 @@ from mmrep.tokens import Encoding, Inputs
 class TowerConfig:
     """Encoder → pool → projector.
 
-    frozen: what gets no gradient and stays in eval mode. True: the encoder and the pool, while the projector trains;
-    ``"tower"``: the projector too, so that the embeddings stay what they are to the last bit.
+    frozen: what gets no gradient. True: the encoder and the pool, while the projector trains. ``"tower"``: the
+    projector too, so that the embeddings stay what they are to the last bit. A number k: what comes before the
+    encoder's layers, and the first k of them. A list: patterns of parameter names relative to the tower
+    (``encoder.*``, ``*.attention.*``), ``*`` matches any part; a pattern with ``!`` in front takes out again what those
+    before it have frozen. A module whose parameters are all frozen stays in eval mode.
     """
 
     encoder: Annotated[Component, Of("encoders")]
     pool: Annotated[Component, Of("pools")] = field(default_factory=lambda: component("pools", "mean"))
     projector: Annotated[Component, Of("projectors")] = field(default_factory=lambda: component("projectors", "linear"))
-    frozen: bool | Literal["tower"] = False
+    frozen: Frozen = False
 
 
 class Tower(nn.Module):
@@ -43,10 +47,17 @@ class Tower(nn.Module):
         width = self.encoder.pooled_width if native else self.encoder.width
         self.pool = config.pool.build(width)
         self.projector = config.projector.build(width, dim)
-        if config.frozen:
-            for part in self._frozen_parts():
-                part.requires_grad_(False)
+        self._resting: list[nn.Module] = []  # a plain list: they are parts of the tower already
+        self._frozen = False
+        if config.frozen is not False:
+            self._resting = freeze(self, config.frozen)
+            self._frozen = not any(p.requires_grad for part in (self.encoder, self.pool) for p in part.parameters())
             self.train(self.training)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether encoder and pool are frozen whole, so that the features of an input never change."""
+        return self._frozen
 
     @property
     def modality(self) -> str:
@@ -56,14 +67,9 @@ class Tower(nn.Module):
     def train(self, mode: bool = True) -> Tower:
         """Switch training mode; frozen parts stay in eval mode, so that their dropout and statistics rest."""
         super().train(mode)
-        for part in self._frozen_parts():
+        for part in self._resting:
             part.eval()
         return self
-
-    def _frozen_parts(self) -> list[nn.Module]:
-        if not self.config.frozen:
-            return []
-        return [self.encoder, self.pool, *([self.projector] if self.config.frozen == "tower" else [])]
 
     def encoding(self, inputs: Inputs, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """The encoder's tokens."""

@@ -116,7 +116,7 @@ class Root(nn.Module):
         """Compile every trained encoder's forward pass, in place: names in checkpoints stay as they are."""
         for name in self.model.towers:
             tower = self.model.tower(name)
-            if not tower.config.frozen:
+            if not tower.frozen:
                 tower.encoder.compile()
 
     def averaged(self) -> AbstractContextManager[None]:

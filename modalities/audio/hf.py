@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmrep.config import config
 from mmrep.encoder import BadSampleError
@@ -120,6 +120,11 @@ class HFAudio(AudioEncoder):
             return self.trunk.encode(tokens, keep, layers)
         first = None if keep is None else keep.new_zeros(1, keep.shape[1])
         return _empty(self.trunk.encode(_one_blank(tokens), first, layers))
+
+    def layer_modules(self) -> list[nn.Module]:
+        """See `Encoder.layer_modules`."""
+        network = self.trunk.model.encoder if isinstance(self.trunk, WaveTrunk) else self.trunk.model
+        return list(network.layers) if self.depth else []
 
     def save_files(self, folder: Path) -> None:
         """Write the model's own config.json and its feature extractor's preprocessor_config.json."""

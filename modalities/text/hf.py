@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmrep.config import config
 from mmrep.hub.pretrained import locate
+from mmrep.layers import stacked
 from mmrep.modalities.text._base import TextEncoder, frame_of, grid, last_special, no_rows, one_blank
 from mmrep.modalities.text._hf_load import FULL_LENGTH, load, max_length, rebuild, without_pooler
 from mmrep.modalities.text._prompts import Prompts, without_prompt
@@ -89,6 +90,10 @@ class HFText(TextEncoder):
         parameters = inspect.signature(self.model.forward).parameters
         self._is_clip = self.hf_config.model_type == "clip_text_model"
         self._takes_embeddings = "inputs_embeds" in parameters
+
+    def layer_modules(self) -> list[torch.nn.Module]:
+        """See `Encoder.layer_modules`; also of a model whose projection keeps its layers from being asked for."""
+        return stacked(self._inner, self.hf_config.num_hidden_layers)
 
     @property
     def _projection(self) -> torch.nn.Module | None:
