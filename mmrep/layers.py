@@ -6,7 +6,7 @@ under any name. Tables of names (``pos_embed``, ``embeddings``, …) are right f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +60,12 @@ def parameter_layers(encoder: Encoder) -> dict[str, int]:
         name: by_block.get(id(p), 0 if id(p) in before else last)
         for name, p in encoder.named_parameters(remove_duplicate=False)
     }
+
+
+def known(names: Sequence[str]) -> list[str]:
+    """What a pattern may have been meant to say: every name, and every part of the tree with ``.*``."""
+    parts = {name.rsplit(".", level)[0] + ".*" for name in names for level in range(1, name.count(".") + 1)}
+    return [*names, *sorted(parts)]
 
 
 def _before(encoder: Encoder, first: nn.Module, parameters: list[nn.Parameter]) -> set[int]:

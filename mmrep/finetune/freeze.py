@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from torch import nn
 
-from mmrep.layers import parameter_layers
+from mmrep.layers import known, parameter_layers
 from mmrep.registry import near
 
 if TYPE_CHECKING:
@@ -71,12 +71,6 @@ def _matched(patterns: Sequence[str], names: Sequence[str]) -> set[str]:
             raise ValueError(f"frozen: {pattern!r} takes out what no pattern before it has frozen")
         chosen = chosen - matches if pattern.startswith("!") else chosen | matches
     return chosen
-
-
-def known(names: Sequence[str]) -> list[str]:
-    """What a pattern may have been meant to say: every name, and every part of the tree with ``.*``."""
-    parts = {name.rsplit(".", level)[0] + ".*" for name in names for level in range(1, name.count(".") + 1)}
-    return [*names, *sorted(parts)]
 
 
 def _resting(module: nn.Module) -> list[nn.Module]:
