@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mmrep.config import Component, Of, component, config
 from mmrep.encoder import Encoder
+from mmrep.finetune.adapter import Adapter
 from mmrep.finetune.freeze import Frozen, freeze
 from mmrep.tokens import Encoding, Inputs
 
@@ -32,6 +33,14 @@ class TowerConfig:
     pool: Annotated[Component, Of("pools")] = field(default_factory=lambda: component("pools", "mean"))
     projector: Annotated[Component, Of("projectors")] = field(default_factory=lambda: component("projectors", "linear"))
     frozen: Frozen = False
+    adapter: Annotated[Component | None, Of("adapters")] = None
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None and self.frozen is True:
+            raise ValueError(
+                "frozen: true would keep the adapter from training, as it is inside the encoder. Leave it out, since "
+                "the encoder's own weights rest anyway; frozen: tower keeps everything as it is"
+            )
 
 
 class Tower(nn.Module):
@@ -39,7 +48,7 @@ class Tower(nn.Module):
 
     def __init__(self, config: TowerConfig, dim: int, *, normalize: bool = True, files: Path | None = None) -> None:
         super().__init__()
-        self.config = config
+        self._resting: list[nn.Module] = []
         self.dim = dim
         self.normalize = normalize
         self.encoder: Encoder = config.encoder.build(files=files)
@@ -47,12 +56,25 @@ class Tower(nn.Module):
         width = self.encoder.pooled_width if native else self.encoder.width
         self.pool = config.pool.build(width)
         self.projector = config.projector.build(width, dim)
-        self._resting: list[nn.Module] = []  # a plain list: they are parts of the tower already
-        self._frozen = False
-        if config.frozen is not False:
-            self._resting = freeze(self, config.frozen)
-            self._frozen = not any(p.requires_grad for part in (self.encoder, self.pool) for p in part.parameters())
-            self.train(self.training)
+        self.adapter: Adapter | None = None if config.adapter is None else config.adapter.build()
+        # Without an adapter; an encoder may keep parts of its own from training.
+        self.trained_alone = {name for name, p in self.named_parameters() if p.requires_grad}
+        if self.adapter is not None:
+            self.adapter.apply(self.encoder)
+        self.configure(config)
+
+    def configure(self, config: TowerConfig) -> None:
+        """Take the gradient from what ``config.frozen`` names; ``config`` is from now on the tower's.
+
+        Raises:
+            ValueError: more layers than there are, or a pattern that matches nothing.
+        """
+        self.config = config
+        touched = config.frozen is not False or config.adapter is not None
+        self._resting = freeze(self, config.frozen) if touched else []  # a plain list: they are parts of it already
+        learns = any(p.requires_grad for part in (self.encoder, self.pool) for p in part.parameters())
+        self._frozen = config.frozen is not False and not learns
+        self.train(self.training)
 
     @property
     def frozen(self) -> bool:
