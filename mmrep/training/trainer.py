@@ -83,6 +83,8 @@ class Trainer:
         if train.channels_last:
             cast(Any, root).to(memory_format=torch.channels_last)
         root.to(self.device)
+        if train.checkpointing:
+            cast(Any, root).checkpoint_encoders()
         if train.compile:
             cast(Any, root).compile_encoders()
         self._parallel, self._prepared = prepare(self.accelerator, root, build_optimizer(root, optim))
