@@ -210,6 +210,12 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         rows, columns = (F.normalize(torch.atleast_2d(torch.as_tensor(x).float()), dim=-1) for x in (a, b))
         return rows @ columns.T
 
+    def merged(self) -> Model:
+        """An equal model without adapters: see `mmrep.finetune.adapter.merged`."""
+        from mmrep.finetune.adapter import merged
+
+        return merged(self)
+
     def clamp_temperatures(self) -> None:
         """Apply every temperature's bounds; the trainer calls it after each optimizer step."""
         for name in self.temperatures:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmrep.config import ConfigError, dump, parse
-from mmrep.hub.folder import FILES, WEIGHTS, ModelFolderError, locate, read_config
+from mmrep.finetune.adapter import merged
+from mmrep.hub.folder import FILES, WEIGHTS, ModelFolderError, load, locate, read_config
 from mmrep.hub.load import bridge
 from mmrep.model import Model, ModelConfig
 
@@ -60,6 +61,11 @@ class Start:
                     )
         if problems:
             raise ConfigError(problems)
+        # Towers whose saved adapter, if any, is not the one that they go on with: it is added to the weights.
+        self._other = [
+            n for n, t in saved.towers.items() if n in config.towers and t.adapter != config.towers[n].adapter
+        ]
+        self._saved = saved
         self.towers = [name for name in saved.towers if name in config.towers]
         self.config = config
 
@@ -79,17 +85,25 @@ class Start:
         Raises:
             ConfigError: a saved value has another shape.
         """
-        if self.folder is None:
-            assert self.bridge is not None
+        expected = model.state_dict()
+        if self.bridge is not None:
             self.bridge.fill(model)
             old = tuple(f"towers.{name}." for name in self.towers)
-            model.began = frozenset(key for key in model.state_dict() if key.startswith(old))
+            model.began = frozenset(key for key in expected if key.startswith(old))
             return
-        weights = load_file(self.folder / WEIGHTS)
-        expected = model.state_dict()
+        weights, fresh = self._weights(), set[str]()
+        for name in self._other:
+            tower, prefix = model.tower(name), f"towers.{name}.encoder."
+            if tower.adapter is not None:
+                base = {prefix + now: prefix + own for now, own in tower.adapter.base_names(tower.encoder).items()}
+                fresh |= {key for key in expected if key.startswith(prefix) and key not in base}
+                renamed = {now: weights.pop(own) for now, own in base.items() if own in weights}
+                weights |= renamed
         old = tuple(f"towers.{name}." for name in self.towers)
         absent = [
-            k for k in expected if k.startswith(old) and k not in weights and not _is_shared(k, expected, weights)
+            k
+            for k in expected
+            if k.startswith(old) and k not in weights and k not in fresh and not _is_shared(k, expected, weights)
         ]
         wrong = [k for k, v in weights.items() if k in expected and expected[k].numel() != v.numel()]
         if absent or wrong:
@@ -97,6 +111,18 @@ class Start:
             raise ConfigError([f"start: {self.name!r} has no fitting values for {named}"])
         model.load_state_dict({k: v for k, v in weights.items() if k in expected}, strict=False)
         model.began = frozenset(k for k in expected if k in weights or _is_shared(k, expected, weights))
+        for name in self._other:
+            tower = model.tower(name)
+            if tower.adapter is not None:
+                tower.adapter.settle(tower.encoder)
+
+    def _weights(self) -> dict[str, Tensor]:
+        """The saved values, with adapters that end here added to the weights that they belong to."""
+        assert self.folder is not None
+        ending = [name for name in self._other if self._saved.towers[name].adapter is not None]
+        if not ending:
+            return load_file(self.folder / WEIGHTS)
+        return dict(merged(load(self.folder, check_fingerprint=False), ending).state_dict())
 
 
 def _is_shared(key: str, expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> bool:

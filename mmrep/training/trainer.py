@@ -23,7 +23,7 @@ from mmrep.training.engine import accelerator, prepare, share_buffers
 from mmrep.training.errors import Halt
 from mmrep.training.guard import Interrupts, Statistics, Watch
 from mmrep.training.metrics import MetricsLog, temperatures
-from mmrep.training.optim import OptimConfig, build_optimizer, gradient_norm, set_lr
+from mmrep.training.optim import OptimConfig, build_optimizer, gradient_norm, rest, set_lr
 from mmrep.training.progress import Progress
 from mmrep.training.run_state import Counters, RunState
 
@@ -77,9 +77,15 @@ class Trainer:
         if train.epochs is not None and loader.steps_per_epoch is not None:
             self.total_steps = math.ceil(train.epochs * loader.steps_per_epoch)
         optim.schedule.value(optim.lr, 0, self.total_steps)  # refuse here what it would refuse in the first step
+        if self.total_steps is None and any(group.begin for group in optim.groups):
+            raise ValueError(
+                "optim.groups: `begin` needs the length of the run, which a stream has not: give train.steps"
+            )
         if train.channels_last:
             cast(Any, root).to(memory_format=torch.channels_last)
         root.to(self.device)
+        if train.checkpointing:
+            cast(Any, root).checkpoint_encoders()
         if train.compile:
             cast(Any, root).compile_encoders()
         self._parallel, self._prepared = prepare(self.accelerator, root, build_optimizer(root, optim))
@@ -181,12 +187,13 @@ class Trainer:
         if batch.quarantined and self.on_quarantined is not None:
             self.on_quarantined(batch.quarantined, self.counters.samples)
         set_lr(self.optimizer, self._lr(self.step))
-        cast(Any, self.root).clock = Clock(self.step, self.total_steps)
+        cast(Any, self.root).clock = clock = Clock(self.step, self.total_steps)
         if self._look_every == 1:
             self._statistics.keep()
         report = forward_backward(self._parallel, self.accelerator, batch.to(self.device))
         loss = report["loss"]
         self.accelerator.unscale_gradients()
+        rest(self.optimizer, clock.progress)
         norm = gradient_norm(self._parallel.parameters())
         scaled = self.accelerator.scaler is not None  # fp16: overflowing gradients are the scaler's daily bread
         finite = loss.isfinite() if scaled else loss.isfinite() & norm.isfinite()
