@@ -59,7 +59,10 @@ class Objective(nn.Module):
         return []
 
     def embedded(self) -> set[str] | None:
-        """Fields whose embedding it asks for; the projector of a tower that nobody asks rests. None = any of them."""
+        """Fields whose embedding it asks for; the projector of a tower that nobody asks rests. None = any of them.
+
+        The name of a tower that no field reads means one whose inputs the objective has itself.
+        """
         return None
 
     def pooled(self) -> set[str]:

@@ -95,7 +95,7 @@ class Root(nn.Module):
             tower = self.model.tower(name)
             own = {field for field, read_by in self.fields.items() if self.model.tower(read_by) is tower}
             resting = (
-                [] if own & asked
+                [] if own & asked or name in asked - {*self.fields}  # a tower that an objective reads by itself
                 else [tower.projector] if own & pooled
                 else [tower.pool, tower.projector] if own & self.raw
                 else [tower]

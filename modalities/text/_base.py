@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmrep.encoder import BadSampleError, Encoder
 from mmrep.modalities.text._examples import examples, oddities
@@ -49,6 +49,10 @@ class TextEncoder(Encoder):
     def frame(self) -> tuple[list[int], list[int]]:
         """The special tokens that stand before and after the ids of every text."""
         raise NotImplementedError
+
+    def vectors(self) -> nn.Embedding | None:
+        """The table of token vectors that `tokenize` looks ids up in, None if there is no such thing."""
+        return None
 
     @property
     def room(self) -> int:

@@ -122,6 +122,11 @@ class HFText(TextEncoder):
             raise ValueError(f"max_length={asked}: {self.config.path!r} reads {rule} {limit} tokens")
         return asked
 
+    def vectors(self) -> torch.nn.Embedding | None:
+        """See `TextEncoder.vectors`."""
+        table = self._embedding
+        return table if isinstance(table, torch.nn.Embedding) else None
+
     def token_ids(self, text: str) -> tuple[list[int], list[bool]]:
         """The tokenizer's ids; truncation keeps the special tokens at both ends."""
         coded = self.tokenizer(text, truncation=True, max_length=self.max_length, return_special_tokens_mask=True)

@@ -80,6 +80,10 @@ class OpenClipText(TextEncoder):
         """See `Encoder.layer_modules`; also of a model whose projection keeps its layers from being asked for."""
         return list(self.text.transformer.resblocks)
 
+    def vectors(self) -> nn.Embedding:
+        """See `TextEncoder.vectors`."""
+        return self.text.token_embedding
+
     def token_ids(self, text: str) -> tuple[list[int], list[bool]]:
         """open_clip's ids; of a CLIP tokenizer without the padding after the end token, which truncation keeps."""
         ids: list[int] = self.tokenizer([text])[0].tolist()

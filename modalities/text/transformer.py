@@ -91,6 +91,10 @@ class TextTransformer(TextEncoder):
                 character_coverage=config.character_coverage,
             )  # fmt: skip
 
+    def vectors(self) -> nn.Embedding:
+        """See `TextEncoder.vectors`."""
+        return self.embedding
+
     def token_ids(self, text: str) -> tuple[list[int], list[bool]]:
         """Begin, the text's ids cut to fit, end."""
         return self.framed(self.pieces(text)[: self.room])
