@@ -29,11 +29,11 @@ def checkpoint_blocks(encoder: Encoder) -> bool:
     """
     parts = [part for part in encoder.modules() if isinstance(part, Encoder)]
     blocks = {id(block): block for part in parts for block in part.layer_modules()}.values()
-    found = [block for block in blocks if not isinstance(block, nn.ModuleList)]  # a list has no forward pass of its own
+    # A list of modules has no forward pass of its own.
+    found: list[Any] = [block for block in blocks if not isinstance(block, nn.ModuleList)]
     for block in found:
-        if hasattr(
-            block, "gradient_checkpointing"
-        ):  # transformers' own, which drops its cache of keys and values first
+        # A layer of transformers does it itself, and leaves out its cache of keys and values first.
+        if hasattr(block, "gradient_checkpointing"):
             block.gradient_checkpointing = True
             block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         else:

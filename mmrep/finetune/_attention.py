@@ -42,7 +42,7 @@ class CalledAttention(nn.Module):
 
     def original(self) -> nn.MultiheadAttention:
         """The module that this one stands for, with the weights as they now are; without an adapter inside."""
-        replaced: nn.MultiheadAttention = self.__dict__["replaced"]
+        replaced: Any = self.__dict__["replaced"]
         replaced.in_proj_weight, replaced.out_proj.weight = self.qkv.weight, self.out.weight
         replaced.in_proj_bias, replaced.out_proj.bias = self.qkv.bias, self.out.bias
         return replaced.train(self.training)
