@@ -18,9 +18,9 @@ def checkpoint_blocks(encoder: Encoder) -> bool:
     """Compute the blocks of an encoder, and of encoders inside it, again in the backward pass.
 
     The gradient is the same: dropout draws the same numbers again. Names in checkpoints stay as they are. One way
-    serves the blocks of every library; transformers' decoders, which would put keys and values into their cache twice, are
-    loaded without one. It never goes through torch's reentrant variant, under which a block that several objectives run
-    breaks DDP's reduction.
+    serves the blocks of every library; transformers' decoders, which would put keys and values into their cache
+    twice, are loaded without one. It never goes through torch's reentrant variant, under which a block that several
+    objectives run breaks DDP's reduction.
 
     Args:
         encoder: changed in place.
