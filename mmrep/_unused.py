@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from mmrep.config import ConfigError
 from mmrep.model import Model, Tower
 
 logger = logging.getLogger(__name__)
@@ -22,12 +23,22 @@ def freeze_unused(model: Model) -> dict[str, list[str]]:
 
     Returns:
         The names frozen, by tower.
+
+    Raises:
+        ConfigError: a weight of an adapter has no effect.
     """
     frozen: dict[str, list[str]] = {}
     for name in model.towers:
         tower = model.tower(name)
         if tower.frozen or not (unused := _unused(tower)):
             continue
+        if tower.adapter is not None:
+            kept = {f"encoder.{now}" for now in tower.adapter.base_names(tower.encoder)}
+            if passed := [n for n in unused if n.startswith("encoder.") and n not in kept]:
+                raise ConfigError([
+                    f"model.towers.{name}.adapter: the encoder passes by {passed[0]} ({len(passed)} weights of the "
+                    "adapter have no effect), as it reads what it stands in for without calling it; name other targets"
+                ])  # fmt: skip
         for parameter in unused.values():
             parameter.requires_grad_(False)
         frozen[name] = list(unused)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +17,10 @@ from mmrep.encoder import Encoder
 def checkpoint_blocks(encoder: Encoder) -> bool:
     """Compute the blocks of an encoder, and of encoders inside it, again in the backward pass.
 
-    The gradient is the same: dropout draws the same numbers again. Names in checkpoints stay as they are. It never goes
-    through torch's reentrant variant, under which a block that several objectives run breaks DDP's reduction.
+    The gradient is the same: dropout draws the same numbers again. Names in checkpoints stay as they are. One way
+    serves the blocks of every library; transformers' decoders, which would put keys and values into their cache
+    twice, are loaded without one. It never goes through torch's reentrant variant, under which a block that several
+    objectives run breaks DDP's reduction.
 
     Args:
         encoder: changed in place.
@@ -31,13 +32,7 @@ def checkpoint_blocks(encoder: Encoder) -> bool:
     blocks = {id(block): block for part in parts for block in part.layer_modules()}.values()
     found = [block for block in blocks if not isinstance(block, nn.ModuleList)]  # a list has no forward pass of its own
     for block in found:
-        if hasattr(
-            block, "gradient_checkpointing"
-        ):  # transformers' own, which drops its cache of keys and values first
-            block.gradient_checkpointing = True
-            block._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        else:
-            block.forward = _Again(block)
+        block.forward = _Again(block)
     return bool(found)
 
 

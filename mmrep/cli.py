@@ -62,7 +62,7 @@ def train(
 def _train(run: Run, folder: Path, resume: bool, command: str) -> None:
     from mmrep.training.engine import end_processes
 
-    results = run.train(resume=resume, command=command, tell=lambda text: typer.echo(text, err=True))
+    results = run.train(resume=resume, command=command, tell=typer.echo)
     end_processes()
     if results:
         _show(results)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _PACKAGES = (
     "mmrep", "torch", "torchvision", "torchaudio", "transformers", "open_clip_torch", "timm", "datasets", "accelerate",
-    "sentencepiece", "huggingface_hub", "numpy", "pydantic", "faiss-cpu",
+    "sentencepiece", "huggingface_hub", "numpy", "pydantic", "faiss-cpu", "peft",
 )  # fmt: skip
 _COUNTS = ("ties", "queries", "excluded", "items", "classes")
 

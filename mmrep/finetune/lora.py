@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, cast
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mmrep.config import config
 from mmrep.encoder import Encoder
+from mmrep.finetune._attention import NAMES, CalledAttention
 from mmrep.finetune.adapter import Adapter, matching
 from mmrep.registry import require
 
@@ -36,9 +37,9 @@ class LoRA(Adapter):
 
         rank: r, the rows of A. alpha: see the class. dropout: on the input of A. dora: see the class. targets: patterns
         of module names relative to the encoder, ``*`` matches any part; the linear (and convolutional) layers and
-        embeddings among what they match are adapted. None given: every linear layer of the encoder's layers, those
-        alone excepted that an `nn.MultiheadAttention` holds, which reads their weights without calling them. also:
-        patterns of the names of parameters that train in full beside the adapter, relative to the encoder
+        embeddings among what they match are adapted. None given: every linear layer of the encoder's layers. (The
+        attention of torch, `nn.MultiheadAttention`, is such layers too, called ``qkv`` and ``out``.) also: patterns of
+        the names of parameters that train in full beside the adapter, relative to the encoder
         (``norm.*``); they are saved with it, and there is no going back to what they were.
         """
 
@@ -58,6 +59,8 @@ class LoRA(Adapter):
             MissingPackageError: peft is not installed.
         """
         peft: Any = require("peft", "lora")
+        for name, part in _inside(encoder, CalledAttention.can_replace):
+            encoder.set_submodule(name, CalledAttention(cast(nn.MultiheadAttention, part)))
         own, targets = dict(encoder.named_parameters()), self._targets(encoder)
         adapted = {id(p) for name in targets for p in encoder.get_submodule(name).parameters()}
         also = matching(self.config.also, own, "adapter.also")
@@ -80,7 +83,12 @@ class LoRA(Adapter):
 
     def base_names(self, encoder: Encoder) -> dict[str, str]:
         """See `Adapter.base_names`."""
-        return {name: name.replace(".base_layer.", ".") for name in encoder.state_dict() if ".lora_" not in name}
+        names = {now: now.replace(".base_layer.", ".") for now in encoder.state_dict() if ".lora_" not in now}
+        for place, part in encoder.named_modules():
+            if isinstance(part, CalledAttention):
+                theirs = {f"{place}.{ours}": f"{place}.{name}" for ours, name in NAMES.items()}
+                names = {now: theirs.get(own, own) for now, own in names.items()}
+        return names
 
     @torch.no_grad()
     def settle(self, encoder: Encoder) -> None:
@@ -96,20 +104,29 @@ class LoRA(Adapter):
         for name, layer in list(_layers(encoder)):
             layer.merge(safe_merge=True)
             encoder.set_submodule(name, layer.get_base_layer())
+        for name, part in list(encoder.named_modules()):
+            if isinstance(part, CalledAttention):
+                encoder.set_submodule(name, part.original())
 
     def _targets(self, encoder: Encoder) -> list[str]:
         able = {name: part for name, part in encoder.named_modules() if _can(part)}
         if self.config.targets:
             return matching(self.config.targets, able, "adapter.targets")
-        inside = {id(part) for block in encoder.layer_modules() for part in block.modules()}
-        uncalled = {id(p) for m in encoder.modules() if isinstance(m, nn.MultiheadAttention) for p in m.modules()}
-        found = [n for n, part in able.items() if _is_linear(part) and id(part) in inside and id(part) not in uncalled]
+        found = [name for name, _ in _inside(encoder, _is_linear)]
         if not found:
             raise ValueError(
                 f"adapter.targets: {type(encoder).__name__} has no linear layers in its layers; say which modules, of "
                 f"{', '.join(list(able)[:8]) or 'none'}"
             )
         return found
+
+
+def _inside(encoder: Encoder, wanted: Callable[[nn.Module], bool]) -> list[tuple[str, nn.Module]]:
+    """The modules of the encoder's layers that are ``wanted``, but not what an attention holds and does not call."""
+    inside = {id(part) for block in encoder.layer_modules() for part in block.modules()}
+    held = (part for m in encoder.modules() if isinstance(m, nn.MultiheadAttention) for part in list(m.modules())[1:])
+    inside -= {id(part) for part in held}
+    return [(name, part) for name, part in encoder.named_modules() if id(part) in inside and wanted(part)]
 
 
 def _is_linear(part: nn.Module) -> bool:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 import mmrep
 from mmrep._unused import freeze_unused
 from mmrep.config import ConfigError, component, parse
 from mmrep.embed.store import tower_digest
+from mmrep.finetune._attention import CalledAttention
 from mmrep.finetune.adapter import merged
 from mmrep.hub.start import Start
 from mmrep.model import Model, ModelConfig, parameter_counts
@@ -24,9 +28,28 @@ from mmrep.training.optim import OptimConfig, build_optimizer
 from tests.modalities.text.tiny_hf import make
 
 VIT = {"type": "image-vit", "size": 8, "patch": 4, "width": 16, "depth": 2, "heads": 2}
-ENCODERS = {"image-vit": VIT, "timm": {"type": "timm", "model": "test_vit", "size": 160}}
+ENCODERS = {
+    "image-vit": VIT,
+    "timm": {"type": "timm", "model": "test_vit", "size": 160},
+    "open-clip-image": {"type": "open-clip-image", "model": "mmrep-tune"},
+    "open-clip-text": {"type": "open-clip-text", "model": "mmrep-tune"},
+}
+NORMS = {"bert": "*LayerNorm*", "gpt2": "*ln_f*", "open-clip-image": "*ln_post*", "open-clip-text": "*ln_final*"}
 LORA = {"type": "lora", "rank": 4, "alpha": 6.0}
 DORA = {**LORA, "dora": True, "also": ["*norm*"]}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny_clip(tmp_path_factory):
+    """A tiny open_clip model, both of whose towers have torch's own attention."""
+    import open_clip
+
+    folder = tmp_path_factory.mktemp("open_clip")
+    vision = {"image_size": 16, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
+    words = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}
+    made = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": words}
+    (folder / "mmrep-tune.json").write_text(json.dumps(made))
+    open_clip.add_model_config(folder)
 
 
 @pytest.fixture(scope="module")
@@ -68,14 +91,11 @@ def encode(model):
 
 
 @pytest.mark.parametrize("adapter", [LORA, DORA], ids=["lora", "dora"])
-@pytest.mark.parametrize("kind", ["image-vit", "timm", "bert", "gpt2"])
+@pytest.mark.parametrize("kind", [*ENCODERS, "bert", "gpt2"])
 def test_it_begins_as_the_plain_model_trains_alone_and_is_saved_and_merged_whole(kind, adapter, text, tmp_path):
     encoder = ENCODERS[kind] if kind in ENCODERS else text(kind)
-    adapter = (
-        adapter
-        if kind in ENCODERS or "also" not in adapter
-        else {**adapter, "also": ["*ln_f*" if kind == "gpt2" else "*LayerNorm*"]}
-    )
+    norms = NORMS.get(kind, "*norm*")
+    adapter = {**adapter, "also": [norms]} if "also" in adapter else adapter
     plain, model = build(None, encoder), build(adapter, encoder)
     np.testing.assert_allclose(encode(model), encode(plain), atol=1e-6)
     assert torch.equal(model.tower("b").projector.map.weight, plain.tower("b").projector.map.weight)  # built as before
@@ -84,10 +104,8 @@ def test_it_begins_as_the_plain_model_trains_alone_and_is_saved_and_merged_whole
     trained(model)
     moved = {n.removeprefix("towers.a.") for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     named = {name.removeprefix("towers.a.") for name in before if name.startswith("towers.a.")}
-    norms = {n for n in named if any(word in n for word in ("norm", "LayerNorm", "ln_f")) and ".lora_" not in n}
-    also = norms if "also" in adapter else set()
-    if kind == "gpt2" and also:
-        also = {n for n in norms if "ln_f" in n}
+    also = {n for n in named if "also" in adapter and fnmatchcase(n, f"encoder.{norms}") and ".lora_" not in n}
+    assert also or "also" not in adapter
     assert moved == {n for n in named if ".lora_" in n or n.startswith("projector")} | also
     # Apart: base and adapter.
     model.save_pretrained(tmp_path / "apart")
@@ -97,12 +115,8 @@ def test_it_begins_as_the_plain_model_trains_alone_and_is_saved_and_merged_whole
     assert {n for n, p in loaded.named_parameters() if p.requires_grad} == {
         n for n, p in model.named_parameters() if p.requires_grad
     }
-    assert {p.suffix for p in (tmp_path / "apart").rglob("*") if p.is_file()} <= {
-        ".json",
-        ".safetensors",
-        ".md",
-        ".txt",
-    }
+    suffixes = {p.suffix for p in (tmp_path / "apart").rglob("*") if p.is_file()}
+    assert suffixes <= {".json", ".safetensors", ".md", ".txt"}
     # Merged.
     one = model.merged()
     assert one.state_dict().keys() == plain.state_dict().keys()
@@ -113,6 +127,47 @@ def test_it_begins_as_the_plain_model_trains_alone_and_is_saved_and_merged_whole
     one.save_pretrained(tmp_path / "merged")
     np.testing.assert_array_equal(encode(mmrep.load(tmp_path / "merged")), encode(one))
     assert ".lora_" in "".join(model.state_dict())  # the merged one is a copy
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("mask", ["none", "causal", "bool", "heads", "padding"])
+def test_torchs_attention_of_called_layers_is_the_same(mask, batch_first):
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(8, 2, batch_first=batch_first).double()
+    with torch.no_grad():
+        theirs.in_proj_bias.normal_()
+        theirs.out_proj.bias.normal_()
+    x = torch.randn(3, 5, 8, dtype=torch.float64) if batch_first else torch.randn(5, 3, 8, dtype=torch.float64)
+    causal = torch.triu(torch.ones(5, 5, dtype=torch.bool), 1)
+    padding = torch.tensor([[0, 0, 0, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 0, 1]], dtype=torch.bool)
+    options = {
+        "none": {},
+        "causal": {"attn_mask": torch.zeros(5, 5, dtype=torch.float64).masked_fill(causal, -torch.inf)},
+        "bool": {"attn_mask": causal},
+        "heads": {"attn_mask": torch.randn(6, 5, 5, dtype=torch.float64)},
+        "padding": {"key_padding_mask": padding, "attn_mask": causal},
+    }[mask]
+    ours = CalledAttention(theirs)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected, found = theirs(a, a, a, need_weights=False, **options)[0], ours(b, b, b, **options)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    weights = torch.randn_like(found)
+    (expected * weights).sum().backward()
+    (found * weights).sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+    assert ours.original() is theirs
+    with pytest.raises(ValueError, match="self-attention only"):
+        ours(x, x.clone(), x)
+
+
+def test_weights_that_the_encoder_passes_by_are_refused(monkeypatch):
+    model = build({**LORA, "targets": ["*.attention.out"]})
+    for block in model.tower("a").encoder.transformer.blocks:
+        block.attention.out.forward = lambda x, out=block.attention.out: F.linear(x, out.weight, out.bias)
+    with pytest.raises(
+        ConfigError, match=r"towers\.a\.adapter: the encoder passes by encoder\.transformer.*attention\.out"
+    ):
+        freeze_unused(model)
 
 
 @pytest.mark.parametrize("dora", [False, True])
