@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -71,7 +72,7 @@ class AttentiveHead(BaseEstimator):
             torch.manual_seed(self.seed)
             self.tower_ = copy.deepcopy(tower) if self.end_to_end else tower
             outputs = len(self.classes_) if self.task == "classes" else targets.shape[1]
-            pool = component("pools", "attention").build(tower.encoder.width)
+            pool = component("pools", "attention", heads=math.gcd(4, tower.encoder.width)).build(tower.encoder.width)
             self.head_ = nn.ModuleDict({"pool": pool, "linear": nn.Linear(tower.encoder.width, outputs)})
             self.head_.to(self._device)
             self._train(items, targets.to(self._device))
@@ -101,7 +102,8 @@ class AttentiveHead(BaseEstimator):
                 optimizer.zero_grad()
                 schedule.step()
         self.head_.eval()
-        self.tower_.eval()
+        if self.end_to_end:
+            self.tower_.eval()
 
     def predict(self, raw: Sequence[Any]) -> NDArray[Any]:
         """Classes [n], labels [n, labels] of 0 and 1, or numbers in the shape of ``y``."""

@@ -134,13 +134,13 @@ class MultiLabelHead(ClassifierMixin, _Head):
         table = (self.predict_proba(raw) >= self.threshold).astype(int)
         return table if self.binarizer_ is None else self.binarizer_.inverse_transform(table)
 
-    def score(self, raw: Any, y: Any, sample_weight: Any = None) -> float:
+    def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """Share of values all of whose labels are right."""
-        right = (self._table(self.predict(raw)) == self._table(y)).all(1)
+        right = (self._table(self.predict(X)) == self._table(y)).all(1)
         return float(np.average(right, weights=sample_weight))
 
     def _table(self, y: Any) -> NDArray[np.int64]:
-        return np.asarray(y, dtype=int) if self.binarizer_ is None else self.binarizer_.transform(y)
+        return np.asarray(y if self.binarizer_ is None else self.binarizer_.transform(y), dtype=int)
 
 
 class RegressionHead(RegressorMixin, _Head):

@@ -97,12 +97,14 @@ def test_an_attentive_head_finds_the_one_token_that_matters_and_leaves_the_model
     m, (raw, _) = model(), values()
     y = np.array(["yes" if max(x) > 0.8 else "no" for x in raw])
     before = state(m)
-    head = AttentiveHead(m, end_to_end=end_to_end, epochs=60, lr=0.05, encoder_lr=0.01).fit(raw, y)
+    m.train()
+    head = AttentiveHead(m, end_to_end=end_to_end, epochs=40, lr=0.05, encoder_lr=0.01).fit(raw, y)
     assert head.score(raw, y) > max(0.9, (y == "no").mean() + 0.1)
     assert torch.equal(state(m), before)
+    assert all(part.training for part in m.modules())
     assert torch.equal(state(head.tower_), before) is not end_to_end
     assert head.predict_proba(raw).sum(1) == pytest.approx(np.ones(N), abs=1e-5)
-    assert (AttentiveHead(m, end_to_end=end_to_end, epochs=60, lr=0.05, encoder_lr=0.01).fit(raw, y)
+    assert (AttentiveHead(m, end_to_end=end_to_end, epochs=40, lr=0.05, encoder_lr=0.01).fit(raw, y)
             .predict_proba(raw) == head.predict_proba(raw)).all()  # fmt: skip
 
 
