@@ -56,9 +56,11 @@ class Subject:
                 run.untrained(), recipe.objectives, fields=recipe.data.fields, views=views, teacher=recipe.teacher
             )  # fmt: skip
         self.root.fit(run.samples)
-        encoders = {field: self.root.model.tower(tower).encoder for field, tower in recipe.data.fields.items()}
         # No field is memoised: a frozen tower computes its features anew, which are the same.
-        self._reader = Reader(encoders, views=views, seed=recipe.train.seed, group=run.train_source.has_group)
+        self._reader = Reader(
+            self.root.encoders(), views=views, seed=recipe.train.seed, group=run.train_source.has_group,
+            columns=self.root.columns(),
+        )  # fmt: skip
         self.items, self.skipped = _read(run.train_source, self._reader, samples, recipe.train.seed)
         self.items = self.items[: len(self.items) // processes * processes]
         if len(self.items) < 3 * processes:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -42,7 +42,6 @@ from mmrep.recipe import SMOKE_SAMPLES, Recipe, read_recipe
 from mmrep.registry import near
 from mmrep.results import Results, results_markdown
 from mmrep.sizes import sizes
-from mmrep.step import FieldViews
 from mmrep.training.collectives import world
 from mmrep.training.engine import barrier, share_buffers, start_processes, whole
 from mmrep.training.roll_call import accounted
@@ -199,7 +198,7 @@ class Run:
         model = self.untrained()
         root = self.root(model, memo=self._memo(self.folder, here.rank))
         root.fit(self.samples)
-        loader = self._loader(model, root.views, raw=root.raw, rank=here.rank, size=here.size)
+        loader = self._loader(root, rank=here.rank, size=here.size)
         # A small set is judged after its first pass, a large one after a thousand samples.
         enough = 1000 if self.train_source.streaming else min(1000, len(self.train_source) // here.size)
         quarantine = Quarantine(self.folder, limit=recipe.data.max_bad, minimum=enough, processes=here.size)
@@ -268,21 +267,18 @@ class Run:
         monitor = [Monitor(self, root)] if self.recipe.monitor else []
         return [*watch, *monitor, *([] if self.recipe.guard is None else [Guard(self.recipe.guard, self, root)])]
 
-    def _loader(
-        self, model: Model, views: FieldViews, *, raw: Collection[str] = (), rank: int, size: int
-    ) -> BatchLoader:
-        recipe, data = self.recipe, self.recipe.data
-        encoders = {field: model.tower(tower).encoder for field, tower in recipe.data.fields.items()}
+    def _loader(self, root: Root, *, rank: int, size: int) -> BatchLoader:
+        recipe, data, model, raw, views = self.recipe, self.recipe.data, root.model, root.raw, root.views
         # A frozen tower sees the same deterministic reading in every epoch: its features are kept, not recomputed.
         # A view that only chooses among sample values (a caption of many) keeps that true: content is the key.
         memoised = {
             field for field, tower in recipe.data.fields.items()
             if model.tower(tower).frozen and field not in raw
             and not any(_on_device(v) for v in views.get(field, ()))
-        }  # fmt: skip
+        } | set(root.guests)  # fmt: skip
         reader = Reader(
-            encoders, views=views, memoised=memoised, seed=recipe.train.seed, group=self.train_source.has_group,
-            drop=data.drop,
+            root.encoders(), views=views, memoised=memoised, seed=recipe.train.seed, drop=data.drop,
+            group=self.train_source.has_group, columns=root.columns(),
         )  # fmt: skip
         return BatchLoader(
             self.train_source, reader, batch_size=recipe.train.batch_size, seed=recipe.train.seed, rank=rank,

@@ -234,7 +234,7 @@ class Step:
             view: which reading.
         """
         if field in self.batch.items:
-            found = twin.project(self.features(field)[self.present(field)])
+            found = twin.project(self.features(field)[self.present(field)].to(_dtype(twin)))
         elif field in self.batch.inputs:
             found = twin(self.inputs(field, view))
         else:
@@ -284,7 +284,7 @@ class Step:
         tower, present = self.tower(field), self.present(field)
         if field in self.batch.items:
             features = self._memo.features(tower, self.batch.keys[field], self.batch.items[field], self.model.device)
-            found = tower.project(features)
+            found = tower.project(features.to(_dtype(tower)))
         elif field in self.batch.inputs:
             if (field, view) in self._encodings:
                 found = tower.project(tower.pool(self._encodings[field, view]))

@@ -86,7 +86,7 @@ class BatchLoader:
         if cache and (workers or source.streaming):
             why = "a stream is never read twice" if source.streaming else "each worker would fill a cache of its own"
             raise ConfigError([f"cache: needs a map-style source and workers=0, since {why}"])
-        source.require_columns(reader.fields, "fields")
+        source.require_columns(list(dict.fromkeys(reader.columns.values())), "fields")
         self._order = Order(
             source=source, batch_size=batch_size, seed=seed, rank=rank, world_size=world_size, shuffle=shuffle,
             drop_last=drop_last, buffer=buffer, distinct_groups=distinct_groups, max_tokens=max_tokens,
@@ -156,7 +156,7 @@ def evaluation_items(
     source: Source, reader: Reader, *, rank: int = 0, world_size: int = 1
 ) -> Iterator[tuple[Sample | Quarantined, Item | Quarantined]]:
     """Every record of this process's part once, in the source's order, with its reading."""
-    source.require_columns(reader.fields, "fields")
+    source.require_columns(list(dict.fromkeys(reader.columns.values())), "fields")
     for sample in source.stream(rank, world_size):
         yield sample, reader.read(sample, 0)
 
@@ -213,7 +213,8 @@ class _Readings(Dataset[Item | Quarantined]):
         sample = self.source.record(record)
         item = self.reader.read(sample, epoch)
         if isinstance(item, Item) and isinstance(sample, Sample):
-            rest = {field: sample.fields[field] for field in item.inputs if field not in self.reader.fixed}
+            again = {self.reader.columns[field] for field in item.inputs if field not in self.reader.fixed}
+            rest = {column: sample.fields[column] for column in again}
             self.kept[record] = item.only(self.reader.fixed), replace(sample, fields=rest)
         return item
 

@@ -57,7 +57,8 @@ class Reader:
     would depend on which half was broken.
 
     Args:
-        encoders: per field (column), the encoder that reads it.
+        encoders: per field, the encoder that reads it.
+        columns: per field, the column that it is; a field without an entry is the column of its name.
         views: per field, its views, None for the deterministic reading; a field without an entry has one of these.
         memoised: fields whose prepared items are kept apart, with a content key, for a frozen encoder's memo. They
             have one reading, and no view that acts on the device.
@@ -78,11 +79,13 @@ class Reader:
         seed: int = 0,
         group: bool = False,
         drop: Mapping[str, float] | None = None,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
         unknown = {*(views or {}), *memoised, *(drop or {})} - set(encoders)
         if unknown:
             raise ValueError(f"no field {', '.join(map(repr, sorted(unknown)))}; fields: {', '.join(encoders)}")
         self.encoders = dict(encoders)
+        self.columns = {field: (columns or {}).get(field, field) for field in encoders}
         given = views or {}
         self.views = {f: tuple(given.get(f, ())) or (None,) for f in encoders}
         self.drawn = frozenset(f for f, views in self.views.items() if any(_overrides(v, "parameters") for v in views))
@@ -116,7 +119,7 @@ class Reader:
         keys = {} if kept is None else dict(kept.keys)
         params = {} if kept is None else dict(kept.params)
         for field, encoder in self.encoders.items():
-            raw = sample.fields.get(field)
+            raw = sample.fields.get(self.columns[field])
             if raw is None or field in inputs:
                 continue
             views = [Recorded(v) if v and _overrides(v, "parameters") else v for v in self.views[field]]
@@ -132,7 +135,7 @@ class Reader:
             if field in self.memoised:
                 keys[field] = content_key(inputs[field][0])
         if not inputs:
-            wanted, has = ", ".join(self.encoders), ", ".join(sample.fields) or "nothing"
+            wanted, has = ", ".join(dict.fromkeys(self.columns.values())), ", ".join(sample.fields) or "nothing"
             return Quarantined(sample.id, "", "empty sample", f"it has none of {wanted}; it has {has}")
         mine = ("id", sample.id) if sample.group is None else ("group", sample.group)
         group = stable_hash(*mine) if self.group else 0
@@ -163,13 +166,15 @@ class Reader:
 
     def _thinned(self, item: Item) -> Item:
         """The item without the fields that modality dropout takes from it; of its last ones, the likeliest stays."""
-        if not self.drop:
+        own = [field for field in item.inputs if self.columns[field] == field]
+        if not self.drop or not own:
             return item
         # How far each field is from being dropped: the draw over its probability. Below 1 it goes.
-        draws = {field: stable_hash(item.seed, "drop", field) / 2**63 for field in item.inputs}
+        draws = {field: stable_hash(item.seed, "drop", field) / 2**63 for field in own}
         margins = {f: u / self.drop[f] if self.drop.get(f, 0) > 0 else math.inf for f, u in draws.items()}
         kept = [field for field, margin in margins.items() if margin >= 1]
-        return item.only(kept or [max(margins, key=lambda field: margins[field])])
+        kept = kept or [max(margins, key=lambda field: margins[field])]
+        return item.only([*kept, *(field for field in item.inputs if field not in own)])
 
     def _frame(self, good: Sequence[Item], bad: list[Quarantined]) -> Batch:
         """A batch that lacks only the values of its fields."""

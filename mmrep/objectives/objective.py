@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from mmrep.config import config
-from mmrep.model import Model
+from mmrep.model import Model, Tower
 from mmrep.step import Step
+
+
+@dataclass(frozen=True)
+class Guest:
+    """A frozen tower, such as one of another model, and the column of the data that it reads."""
+
+    column: str
+    tower: Tower
 
 
 @config
@@ -72,6 +81,14 @@ class Objective(nn.Module):
     def raw(self) -> set[str]:
         """Fields whose inputs it needs even where their tower is frozen and its features would be kept instead."""
         return set()
+
+    def guests(self) -> dict[str, Guest]:
+        """Towers that read columns of the data for this objective alone, by a field name of their own.
+
+        They are frozen and belong to no model: neither trained, nor saved, nor in checkpoints. `Step.embedding` and
+        `Step.features` answer for their fields. The default has none.
+        """
+        return {}
 
     def after_optimizer_step(self) -> None:
         """Update teachers, queues and centres. Called once per optimizer step."""

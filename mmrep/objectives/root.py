@@ -15,9 +15,10 @@ from mmrep.checkpointing import checkpoint_blocks
 from mmrep.config import Component, ConfigError
 from mmrep.data.batch import Batch
 from mmrep.embed.memo import Memo
+from mmrep.encoder import Encoder
 from mmrep.model import Model
 from mmrep.objectives.average import WeightAverage
-from mmrep.objectives.objective import Objective
+from mmrep.objectives.objective import Guest, Objective
 from mmrep.schedules import Clock
 from mmrep.step import FieldViews, Step, idle
 from mmrep.teacher import Teacher, TeacherConfig
@@ -41,8 +42,11 @@ class Root(nn.Module):
     Attributes:
         clock: where the run is; the trainer sets it before each step.
         seen: of the last forward pass on this process, what `Step.computed` says, for who watches.
+        guests: what `Objective.guests` of all objectives say.
         plateaus: of the same pass, by objective, the share of log K that is left of a loss over K codes or prototypes.
     """
+
+    guests: dict[str, Guest]
 
     def __init__(
         self,
@@ -66,6 +70,10 @@ class Root(nn.Module):
             name = name if name not in self.objectives else f"{name}-{len(self.objectives)}"
             self.objectives[name] = chosen.build(model, self.fields)
 
+        self.__dict__["guests"] = {  # seen, not owned: they are in no state and no optimizer
+            name: guest
+            for objective in self.objectives.values() for name, guest in cast(Objective, objective).guests().items()
+        }  # fmt: skip
         self._rest()
         taught = [module for objective in self.objectives.values() for module in cast(Objective, objective).taught()]
         self.teacher = Teacher(teacher or TeacherConfig(), taught) if taught else None
@@ -78,6 +86,22 @@ class Root(nn.Module):
         self.plateaus: dict[str, Tensor] = {}
         self._cached: CachedStep | None = None
         self._shares = torch.zeros(0, 0)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Root:
+        """Guests go where the module goes."""
+        super()._apply(fn, recurse)
+        for guest in self.guests.values():
+            guest.tower._apply(fn)
+        return self
+
+    def encoders(self) -> dict[str, Encoder]:
+        """By field, the encoder that reads it; those of guests among them."""
+        own = {field: self.model.tower(tower).encoder for field, tower in self.fields.items()}
+        return {**own, **{name: guest.tower.encoder for name, guest in self.guests.items()}}
+
+    def columns(self) -> dict[str, str]:
+        """By a guest's field, the column that it reads."""
+        return {name: guest.column for name, guest in self.guests.items()}
 
     @property
     def raw(self) -> set[str]:
@@ -154,6 +178,7 @@ class Root(nn.Module):
         """
         options = {"fields": self.fields, "views": self.views, "world": world(), "memo": self.memo}
         options |= {"teacher": self.teacher, "clock": self.clock}
+        options |= {"guests": {name: guest.tower for name, guest in self.guests.items()}}
         if replay is not None:
             return self._replay(replay, scale)
         if passes is None:

@@ -46,6 +46,15 @@ def test_something_always_stays_and_what_was_missing_stays_missing():
     assert 60 < sum(shown["image"]) < 140  # neither is favoured as the last
 
 
+def test_what_a_guest_reads_is_never_dropped_and_does_not_count_as_what_stays():
+    encoders = {"image": TinyImage(), "caption": TinyText(), "guest": TinyText()}
+    built = Reader(encoders, drop={"image": 0.99, "caption": 0.99}, seed=1, columns={"guest": "caption"})
+    shown = present(built, items(built, 200))
+    assert all(shown["guest"])
+    assert all(a or b for a, b in zip(shown["image"], shown["caption"], strict=True))
+    assert sum(shown["image"]) < 150
+
+
 def test_it_depends_on_the_sample_and_the_epoch_not_on_the_batch():
     built = reader(image=0.5)
     found = items(built, 40)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -154,6 +155,30 @@ def _anchor(missing: frozenset[Any] = frozenset(), **fields: Any) -> tuple[Root,
     return _moved(component("objectives", "anchor", fields=["x", "y"], **fields), missing=missing)
 
 
+def _distill(missing: frozenset[Any] = frozenset()) -> tuple[Root, Make]:
+    teacher = ssl_toys.build(fields={"x": "a", "y": "b"}, dim=5, seed=8).model.eval()
+    sources = [{"model": "saved", "column": column, "tower": tower} for column, tower in (("x", "a"), ("y", "b"))]
+    losses = dict.fromkeys(("cosine", "mse", "similarity", "similarity-mse", "distance", "angle", "rank"), 1.0)
+    chosen = component("objectives", "distill", student="x", teachers=sources, losses=losses, dims=[3])
+    with mock.patch("mmrep.objectives.distill.load", return_value=teacher):
+        root = ssl_toys.build(chosen)
+
+    def batch(rows: range, step: int) -> Batch:
+        made = ssl_toys.batch(rows, views=1, step=step, missing=missing)
+        for name, guest in root.guests.items():
+            here = [i for i in rows if (guest.column, i) not in missing]
+            if here:
+                encoder = guest.tower.encoder
+                made.items[name] = [encoder.prepare(ssl_toys.raw(guest.column, i, step)) for i in here]
+                made.items[name] = [{**x, "values": x["values"].to(next(guest.tower.parameters()).dtype)}
+                                    for x in made.items[name]]  # fmt: skip
+                made.keys[name] = [f"{guest.column}{i}.{step}".encode() for i in here]
+            made.present[name] = torch.tensor([(guest.column, i) not in missing for i in rows], dtype=torch.bool)
+        return made
+
+    return root, batch
+
+
 def _l2_sp() -> tuple[Root, Make]:
     beside = component("objectives", "redundancy", fields=["x", "y"], views=[0], loss={"type": "vicreg"}, weight=0.1)
     return _moved(component("objectives", "l2-sp", alpha=0.3, beta=0.2), beside, began="encoder")
@@ -172,6 +197,8 @@ ROOTS: dict[str, Callable[[], tuple[Root, Make]]] = {
     "anchor, mse, a rank without": lambda: _anchor(frozenset(HERE), by="mse"),
     "anchor, similarity, some missing": lambda: _anchor(frozenset(SOME), by="similarity"),
     "l2-sp": _l2_sp,
+    "distill": _distill,
+    "distill, a rank without": lambda: _distill(frozenset({*HERE, ("y", 9)})),
 }
 NAMES = [*CASES, *ROOTS]
 

@@ -130,5 +130,5 @@ def test_what_cannot_be_is_refused(wrong, message):
 
 def test_an_unknown_label_is_named():
     root = build(classes=("red disc", "blue bar", "frames"))
-    with pytest.raises(ValueError, match="label 'frame' is none of .*did you mean 'frames'"):
+    with pytest.raises(ValueError, match=r"label 'frame' is none of .*did you mean 'frames'"):
         root(batch(root))
