@@ -81,6 +81,11 @@ MAPS = {
         special=1,
     ),
     "resnet": MapFamily(cls="ResNetModel", pool=_pooler, width=_last),
+    "regnet": MapFamily(cls="RegNetModel", pool=_pooler, width=_last),
+    "bit": MapFamily(cls="BitModel", pool=_pooler, width=_last),
+    "efficientnet": MapFamily(
+        cls="EfficientNetModel", pool=_pooler, width=lambda model: model.encoder.top_conv.out_channels
+    ),
     "mobilenet_v2": MapFamily(
         cls="MobileNetV2Model", pool=_pooler, width=lambda model: model.conv_1x1.convolution.out_channels
     ),

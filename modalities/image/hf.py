@@ -7,7 +7,7 @@ In a recipe::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,6 +80,10 @@ class HFImage(ImageEncoder):
         self.width, self.depth, self.pooled_width = trunk.width, trunk.depth, trunk.pooled_width
         self.supports, self.native = trunk.supports, trunk.native
         self.patch: int | None = trunk.patch
+
+    @classmethod
+    def fit(cls, config: HFImageConfig, samples: Iterable[Any], folder: Path) -> None:
+        """Nothing: the checkpoint's processor knows its mean and deviation."""
 
     def fitted(self, picture: Image.Image, chosen: int | None) -> Any:
         """See `ImageEncoder.fitted`: by the processor, unless a view has chosen a size.
