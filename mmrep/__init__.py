@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mmrep.embed.search import open_search as open_search
     from mmrep.encoder import BadSampleError as BadSampleError
     from mmrep.encoder import Encoder as Encoder
-    from mmrep.hub.folder import load as load
+    from mmrep.hub.load import load as load
     from mmrep.model import Model as Model
     from mmrep.model import ModelConfig as ModelConfig
     from mmrep.recipe import read_recipe as read_recipe
@@ -30,7 +30,7 @@ _PUBLIC = {
     "Model": "mmrep.model",
     "ModelConfig": "mmrep.model",
     "Run": "mmrep.run",
-    "load": "mmrep.hub.folder",
+    "load": "mmrep.hub.load",
     "open_search": "mmrep.embed.search",
     "open_run": "mmrep.run",
     "read_recipe": "mmrep.recipe",

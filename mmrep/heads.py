@@ -5,7 +5,7 @@ A pool is built as ``cls(config, width)``, a projector as ``cls(config, width, d
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -73,6 +73,34 @@ class LastPool(Pool):
     def forward(self, encoding: Encoding) -> Tensor:
         """Encoding with tokens [B, N, width] to [B, width]."""
         return _take(encoding.tokens.values, _last(encoding.tokens.grid.valid))
+
+
+class MaxPool(Pool):
+    """The largest value of each dimension over the valid tokens."""
+
+    @config
+    class Config:
+        """No settings."""
+
+    def forward(self, encoding: Encoding) -> Tensor:
+        """Encoding with tokens [B, N, width] to [B, width]. A sample without any valid token gives zeros."""
+        valid = encoding.tokens.grid.valid
+        values = encoding.tokens.values.masked_fill(~valid[..., None], -torch.inf).amax(1)
+        return torch.where(valid.any(1, keepdim=True), values, 0)
+
+
+class WeightedMeanPool(Pool):
+    """The mean with weights that grow with the place, 1, 2, 3, …: SGPT (arXiv:2202.08904, equation 2)."""
+
+    @config
+    class Config:
+        """No settings."""
+
+    def forward(self, encoding: Encoding) -> Tensor:
+        """Encoding with tokens [B, N, width] to [B, width]. A sample without any valid token gives zeros."""
+        values, valid = encoding.tokens.values, encoding.tokens.grid.valid
+        weight = (torch.arange(1, valid.shape[1] + 1, device=valid.device) * valid).to(values.dtype)[..., None]
+        return (values * weight).sum(1) / weight.sum(1).clamp_min(1)
 
 
 class EosPool(Pool):
@@ -178,6 +206,27 @@ class Linear(Projector):
     def forward(self, features: Tensor) -> Tensor:
         """[B, width] to [B, dim]."""
         return self.standardize(self.map(features))
+
+
+class Dense(Projector):
+    """One linear map and an activation: the dense layer of sentence-transformers."""
+
+    @config
+    class Config:
+        """bias: add a bias. activation: what comes after."""
+
+        bias: bool = True
+        activation: Literal["none", "tanh", "gelu", "relu"] = "tanh"
+
+    def __init__(self, config: Config, width: int, dim: int) -> None:
+        super().__init__()
+        self.map = nn.Linear(width, dim, bias=config.bias)
+        activations = {"none": nn.Identity, "tanh": nn.Tanh, "gelu": nn.GELU, "relu": nn.ReLU}
+        self.activation = activations[config.activation]()
+
+    def forward(self, features: Tensor) -> Tensor:
+        """[B, width] to [B, dim]."""
+        return self.activation(self.map(features))
 
 
 class MLP(Projector):

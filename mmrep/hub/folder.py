@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from mmrep.config import ConfigError, dump, parse
+from mmrep.hub.fetch import PICKLES, ModelFolderError, fetch
 
 if TYPE_CHECKING:
     from mmrep.model import Model
@@ -22,14 +23,9 @@ if TYPE_CHECKING:
 FORMAT = "mmrep-model"
 VERSION = 1
 CONFIG, WEIGHTS, FINGERPRINT, FILES = "config.json", "model.safetensors", "fingerprint.json", "files"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _TOLERANCE = (
     2e-3  # of a unit vector's entries; other machines and kernels round differently, other models differ by 0.1
 )
-
-
-class ModelFolderError(ValueError):
-    """A folder that cannot be loaded as a model; the message says why and what to do."""
 
 
 def write(model: Model, folder: Path) -> None:
@@ -115,9 +111,7 @@ def locate(name: str | Path, **hub: Any) -> Path:
         raise ModelFolderError(
             f"there is no folder {str(name)!r}; give a saved model's folder, or a hub id as organisation/name"
         )
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(str(name), ignore_patterns=list(_PICKLES), library_name="mmrep", **hub))
+    return fetch(str(name), **hub).folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -154,7 +148,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def _load_weights(model: Model, folder: Path) -> None:
     path = folder / WEIGHTS
     if not path.is_file():
-        pickles = [p.name for pattern in _PICKLES for p in folder.glob(pattern)]
+        pickles = [p.name for pattern in PICKLES for p in folder.glob(pattern)]
         why = (
             f" It has {', '.join(pickles)}, which are pickles: loading one can run any program, so mmrep never does. "
             "Convert it to safetensors where you trust it."

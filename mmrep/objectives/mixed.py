@@ -22,7 +22,7 @@ from mmrep.registry import near
 from mmrep.step import Step, idle
 from mmrep.targets.content import ContentTarget, ContentTargetConfig
 from mmrep.targets.target import look
-from mmrep.tokens import Tokens, index_set, keep_special
+from mmrep.tokens import Inputs, Tokens, index_set, keep_special
 
 
 @config
@@ -49,11 +49,11 @@ class MixedConfig(ObjectiveConfig):
 class Mixed(Objective):
     """MixedAE (Chen et al. 2023, arXiv:2303.17152, section 3): reconstruction + recognition of homologous tokens.
 
-    Of every token of a mixture the content is that of sample i, or of the next sample of the batch (the first follows
-    the last); the encoder reads all of them. Each of the two samples is painted, where its own tokens are not, from its
-    own encoded tokens alone. Recognition is ``mean over tokens of -1 / |P| * sum over p in P of log softmax(cos / T)``
-    among the other tokens of the mixture, P those of the same sample. Samples of one process, and of one micro-batch,
-    are mixed among themselves. The paper's attention, which picks the most similar tokens, is left out.
+    Of every token of a mixture the content is that of sample i, or of the next sample of the batch, of all processes
+    (the first follows the last); the encoder reads all of them. Each of the two samples is painted, where its own
+    tokens are not, from its own encoded tokens alone. Recognition is ``mean over tokens of -1 / |P| * sum over p in P
+    of log softmax(cos / T)`` among the other tokens of the mixture, P those of the same sample. With micro-batches the
+    next sample is one of the same micro-batch. The paper's attention, which picks the most similar tokens, is left out.
     """
 
     Config = MixedConfig
@@ -65,7 +65,7 @@ class Mixed(Objective):
             hint = near(config.field, fields)
             raise ConfigError([f"objectives.mixed.field: unknown {config.field!r}{hint} Fields: {', '.join(fields)}"])
         tower = model.tower(fields[config.field])
-        if tower.config.frozen:
+        if tower.frozen:
             raise ConfigError([f"objectives.mixed: tower {fields[config.field]!r} is frozen: nothing would learn"])
         if missing := {"mask_token", "content"} - tower.encoder.supports:
             raise ConfigError([f"objectives.mixed: {unsupported(tower.encoder, min(missing))}"])
@@ -103,6 +103,7 @@ class Mixed(Objective):
         config = cast(MixedConfig, self.config)
         n = step.world.sum(step.present(config.field).sum())
         encoder = step.tower(config.field).encoder
+        following = self._following(step)
         if not step.has(config.field):
             return {"loss": (idle(encoder) + idle(self)) * step.world.size}
         tokens = step.tokens(config.field, config.view)
@@ -111,10 +112,12 @@ class Mixed(Objective):
         seeds = step.batch.seeds[step.present(config.field)] + stable_hash(config.field, config.view, "mixed")
         plain = tokens.grid.valid & ~tokens.grid.special
         own = lowest(draw(seeds, 1, plain.shape[1]), plain, share(config.ratio, plain.sum(1)))
-        mixed = torch.where((own | ~plain)[..., None], tokens.values, tokens.values.roll(-1, 0))
+        partner = torch.cat([tokens.values[1:], encoder.tokenize(following).values])
+        mixed = torch.where((own | ~plain)[..., None], tokens.values, partner)
         encoded = encoder.encode(Tokens(mixed, tokens.grid, tokens.positions)).tokens
         content = self.target(step, config.field, config.view).values
-        sides = ((own, content), (plain & ~own, content.roll(-1, 0)))
+        after = self.target.of(encoder.content(following)).values
+        sides = ((own, content), (plain & ~own, torch.cat([content[1:], after])))
         painted = [self._paint(encoded, tokens, side, plain & ~side, wanted) for side, wanted in sides]
         reconstruction = (painted[0] + painted[1]) / 2
         recognition = recognise(encoded.values, own, plain, config.temperature)
@@ -124,6 +127,18 @@ class Mixed(Objective):
             "reconstruction": reconstruction.detach().mean(),
             "recognition": recognition.detach().mean(),
         }
+
+    def _following(self, step: Step) -> Inputs:
+        """The inputs [1, ...] of the sample after this process's last: the first that some later process has."""
+        config = cast(MixedConfig, self.config)
+        if step.has(config.field):
+            first = {name: value[:1] for name, value in step.inputs(config.field, config.view).items()}
+        else:  # what another process gathers has this shape
+            first = {name: value[:0] for name, value in look(step.tower(config.field).encoder).inputs.items()}
+        firsts = {name: step.world.gather(value) for name, value in sorted(first.items())}
+        mine = next(iter(first.values()))
+        place = step.world.offset(len(mine)) + 1
+        return {name: value[[place % len(value)]] if len(value) else value for name, value in firsts.items()}
 
     def _paint(self, encoded: Tokens, tokens: Tokens, seen: Tensor, hidden: Tensor, wanted: Tensor) -> Tensor:
         """The mean loss [B] of what is predicted ``hidden`` bool [B, N] from what is ``seen`` bool [B, N]."""

@@ -47,7 +47,11 @@ class ContentTarget(Target):
     @torch.no_grad()
     def forward(self, step: Step, field: str, view: int = 0) -> Content:
         """See `Target.forward`."""
-        content = step.content(field, view)
+        return self.of(step.content(field, view))
+
+    @torch.no_grad()
+    def of(self, content: Content) -> Content:
+        """The target that this content is."""
         if not cast(ContentTargetConfig, self.config).normalize:
             return content
         return replace(content, values=standardize(content.values, content.observed))

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from mmrep.config import config
 from mmrep.hub.pretrained import locate
@@ -94,6 +95,11 @@ class HFAudio(TrunkEncoder):
         if isinstance(self.trunk, WaveTrunk):
             return super().collate(items)
         return {key: torch.stack([item[key] for item in items]) for key in items[0]}
+
+    def layer_modules(self) -> list[nn.Module]:
+        """See `Encoder.layer_modules`."""
+        network = self.trunk.model.encoder if isinstance(self.trunk, WaveTrunk) else self.trunk.model
+        return list(network.layers) if self.depth else []
 
     def save_files(self, folder: Path) -> None:
         """Write the model's own config.json and its feature extractor's preprocessor_config.json."""

@@ -34,7 +34,7 @@ class ViTTrunk(nn.Module):
 
     def __init__(self, model: Any, config: Any, family: Family, projection: nn.Module | None) -> None:
         super().__init__()
-        if hasattr(model, "pooler") and not config.add_pooling_layer:
+        if hasattr(model, "pooler") and not getattr(config, "add_pooling_layer", True):
             model.pooler = None
         if getattr(model.embeddings, "mask_token", None) is not None:
             model.embeddings.mask_token = None  # of the pretraining; it would get no gradient
@@ -77,7 +77,7 @@ class ViTTrunk(nn.Module):
         kept = tokens.keep(keep)
         full = kept.grid.shape is not None or bool(kept.grid.valid.all())
         valid = None if full else kept.grid.valid
-        rows = len(kept.values)
+        rows = kept.values.shape[0]
         values = kept.values if rows else kept.values.new_zeros(1, *kept.values.shape[1:]) + kept.values.sum()
         valid = valid if rows else None
         if hasattr(self.model, "pre_layrnorm"):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmrep.config import config
+from mmrep.hub.open_clip_folder import open_clip_folder
 from mmrep.modalities.image._preprocess import Overrides, has_bands
 from mmrep.modalities.image._trunks import TimmTrunk, TrunkEncoder
 from mmrep.modalities.image.timm import check_safetensors
@@ -38,7 +39,8 @@ class OpenClipImage(TrunkEncoder):
     class Config(Overrides):
         """Fields of an ``open-clip-image`` encoder, beside what it may override of the model's preprocessing.
 
-        model: a name of ``open_clip.list_models()``. pretrained: a tag of ``open_clip.list_pretrained()`` (a download),
+        model: a name of ``open_clip.list_models()``; or ``local-dir:path`` or ``hf-hub:organisation/name``, which bring
+        their weights. pretrained: a tag of ``open_clip.list_pretrained()`` (a download),
         or None for random weights. checkpoint: a ``.safetensors`` file of open_clip weights to load instead.
         quick_gelu: the activation x * sigmoid(1.702 x) that OpenAI's weights were trained with; None = as the weights
         (or the model) say. The wrong one costs accuracy and raises no error.
@@ -56,8 +58,8 @@ class OpenClipImage(TrunkEncoder):
                     "channels, bands: open_clip's image towers read RGB pictures alone; for other channels use encoder "
                     "{type: timm, channels: …}, image-vit or image-cnn"
                 )
-            if self.pretrained and self.checkpoint:
-                raise ValueError("give either a pretrained tag or a checkpoint, not both")
+            if sum(map(bool, (self.pretrained, self.checkpoint, ":" in self.model))) > 1:
+                raise ValueError("give one of a pretrained tag, a checkpoint, and a folder or repository as the model")
             check_safetensors(self.checkpoint)
 
     file = "open_clip.json"
@@ -72,7 +74,11 @@ class OpenClipImage(TrunkEncoder):
             made_of, own = _resolve(config)
             visual = _visual(made_of)
             preprocess = config.over(own, config.model)
-            if config.pretrained:
+            whole = open_clip_folder(config.model)
+            if whole is not None:
+                mine = {key: value for key, value in whole.state().items() if key.startswith("visual.")}
+                visual.load_state_dict({key.removeprefix("visual."): value for key, value in mine.items()})
+            elif config.pretrained:
                 visual.load_state_dict(_pretrained(config, made_of))
             elif config.checkpoint:
                 _load(visual, config.checkpoint)
@@ -170,13 +176,14 @@ def _resolve(config: OpenClipImage.Config) -> tuple[dict[str, Any], dict[str, An
     open_clip = import_module("open_clip")  # by name: static checkers take the plain import for this very file
     from open_clip.transform import PreprocessCfg, merge_preprocess_dict
 
-    found = open_clip.get_model_config(config.model)
+    whole = open_clip_folder(config.model)
+    found = open_clip.get_model_config(config.model) if whole is None else whole.model
     if found is None:
         names = open_clip.list_models()
         raise ValueError(
             f"open_clip has no model {config.model!r}{near(config.model, names)}; see open_clip.list_models()"
         )
-    tag: dict[str, Any] = {}
+    tag: dict[str, Any] = {} if whole is None else whole.preprocess
     if config.pretrained:
         tags = open_clip.list_pretrained_tags_by_model(config.model)
         if config.pretrained not in tags:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmrep.config import config
 from mmrep.hub.pretrained import locate
+from mmrep.layers import stacked
 from mmrep.modalities.text._base import TextEncoder, frame_of, grid, last_special, no_rows, one_blank
 from mmrep.modalities.text._hf_load import FULL_LENGTH, TextPart, load, max_length, rebuild, without_pooler
 from mmrep.modalities.text._prompts import Prompts, without_prompt
@@ -94,6 +95,10 @@ class HFText(TextEncoder):
         self._is_clip = kind in ("clip_text_model", "metaclip_2_text_model")
         self._reads_first = isinstance(self.model, TextPart) and self._projection is not None
         self._takes_embeddings = "inputs_embeds" in parameters
+
+    def layer_modules(self) -> list[torch.nn.Module]:
+        """See `Encoder.layer_modules`; also of a model whose projection keeps its layers from being asked for."""
+        return stacked(self._inner, self.hf_config.num_hidden_layers)
 
     @property
     def _projection(self) -> torch.nn.Module | None:

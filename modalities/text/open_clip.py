@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrep.config import config
+from mmrep.hub.open_clip_folder import open_clip_folder
 from mmrep.modalities.text._base import TextEncoder, frame_of, grid, last_special, no_rows, one_blank
 from mmrep.modalities.text._prompts import Prompts, without_prompt
 from mmrep.registry import near
@@ -24,7 +25,8 @@ _SMALLEST_VISION = {"layers": 1, "width": 64, "image_size": 8, "patch_size": 8}
 
 @config
 class OpenClipTextConfig(Prompts):
-    """model: an open_clip model name, such as `ViT-B-32` (`open_clip.list_models()` has them all).
+    """model: an open_clip model name, such as `ViT-B-32` (`open_clip.list_models()` has them all); or `local-dir:path`
+    or `hf-hub:organisation/name`, which bring their weights.
 
     pretrained: a tag of that model (downloaded by open_clip), or a .safetensors file; None = random weights.
     projection: go through the text projection into the joint space, as `encode_text` does. Prompts: see `Prompts`.
@@ -73,6 +75,10 @@ class OpenClipText(TextEncoder):
         self._is_clip_tokenizer = isinstance(self.tokenizer, open_clip.SimpleTokenizer)
         causal = self.text.attn_mask is not None and self.text.pool_type in ("argmax", "eos", "first")
         self.full_length = not (causal and self._is_clip_tokenizer)
+
+    def layer_modules(self) -> list[nn.Module]:
+        """See `Encoder.layer_modules`; also of a model whose projection keeps its layers from being asked for."""
+        return list(self.text.transformer.resblocks)
 
     def token_ids(self, text: str) -> tuple[list[int], list[bool]]:
         """open_clip's ids; of a CLIP tokenizer without the padding after the end token, which truncation keeps."""
@@ -181,7 +187,8 @@ class OpenClipText(TextEncoder):
 def _new(config: OpenClipTextConfig) -> tuple[nn.Module, dict[str, Any]]:
     """A tower as the config asks for, and the open_clip config that describes it."""
     open_clip = _library()
-    full = open_clip.get_model_config(config.model)
+    whole = open_clip_folder(config.model)
+    full = open_clip.get_model_config(config.model) if whole is None else whole.model
     if full is None:
         names = open_clip.list_models()
         raise ValueError(f"model {config.model!r} is unknown to open_clip{near(config.model, names) or '.'} "
@@ -197,7 +204,10 @@ def _new(config: OpenClipTextConfig) -> tuple[nn.Module, dict[str, Any]]:
     keys = ("embed_dim", "quick_gelu")
     small = {**{k: full[k] for k in keys if k in full}, "text_cfg": text_cfg, "vision_cfg": _SMALLEST_VISION}
     weights: dict[str, Tensor] | None = None
-    if config.pretrained is not None:
+    if whole is not None:
+        found = whole.state().items()
+        weights = {key.removeprefix("text."): value for key, value in found if key.startswith("text.")}
+    elif config.pretrained is not None:
         quick, weights = _pretrained(config)
         # A tag may come with another activation than the model's name says; a wrong one would go unnoticed.
         small["quick_gelu"] = quick or full.get("quick_gelu", False)

@@ -55,6 +55,17 @@ def test_knn_survives_a_tiny_temperature_and_far_neighbours():
     assert got["accuracy"] == 1.0
 
 
+def test_knn_standardized_sees_past_what_all_embeddings_share():
+    """A large common part makes all cosines 1; a dimension that never changes must not divide by zero."""
+    (x, labels), (y, answers) = blobs(0, 80), blobs(1, 60)
+    scales = np.array([1, 100, 1, 1, 1, 1])
+    wide, other = (np.hstack([m * scales + 1e4, np.full((len(m), 1), 3.0)]) for m in (x, y))
+    got = knn_metrics(wide, labels, other, answers, k=7, standardize=True)
+    a, b = ((m - x.mean(0)) / x.std(0) for m in (x, y))
+    assert got["accuracy"] == pytest.approx(slow_knn(a, labels, b, answers, 7, 0.07).mean())
+    assert got["accuracy"] > knn_metrics(wide, labels, other, answers, k=7)["accuracy"] + 0.1
+
+
 def test_knn_counts_a_draw_as_its_expected_value_and_an_unknown_class_as_missed():
     train = np.array([[1.0, 1.0], [1.0, -1.0]])
     got = knn_metrics(train, ["a", "b"], np.array([[1.0, 0.0], [1.0, 0.0]]), ["a", "z"], k=2)

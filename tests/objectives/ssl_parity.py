@@ -6,6 +6,7 @@ running statistics.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from mmrep._gradients_measure import in_double
 from mmrep.config import component
+from mmrep.data.batch import Batch
+from mmrep.model import Model, ModelConfig, TowerConfig
+from mmrep.objectives.root import Root
 from mmrep.training.collectives import world
 from tests.objectives import parity, ssl_toys
 from tests.objectives.parity import FIRST, GROUP, SHARDS, N
@@ -64,6 +68,114 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
+Make = Callable[[range, int], Batch]
+"""Some rows of a step's global batch."""
+
+
+def _toy(name: str) -> tuple[Root, Make]:
+    kind, fields, settings = CASES[name]
+    root = ssl_toys.build(component("objectives", kind, **fields), fields=_fields(name))
+    return root, lambda rows, step: ssl_toys.batch(rows, fields="xy", views=3, step=step, **settings)
+
+
+def _sequence(missing: frozenset[Any] = frozenset()) -> tuple[Root, Make]:
+    how = {"views": [0, 1, 2], "condition": {"angle": 1}, "action": 4, "heads": 2, "depth": 1, "hidden": 7}
+    root = ssl_toys.build(component("objectives", "sequence", field="x", **how))
+
+    def batch(rows: range, step: int) -> Batch:
+        made = ssl_toys.batch(rows, views=3, step=step, missing=missing)
+        here = torch.tensor([i for i in rows if ("x", i) not in missing], dtype=torch.get_default_dtype())
+        made.params = {"x": [{"angle": (view + 1) ** 2 * (here + step) / 9} for view in range(3)]} if len(here) else {}
+        return made
+
+    return root, batch
+
+
+def _mixed(missing: frozenset[int] = frozenset()) -> tuple[Root, Make]:
+    torch.manual_seed(0)
+    vit = component("encoders", "image-vit", size=8, patch=4, width=12, depth=1, heads=2)
+    model = Model(ModelConfig(dim=8, towers={"a": TowerConfig(encoder=vit)}, temperatures={}))
+    predictor = {"type": "transformer", "width": 8, "depth": 1, "heads": 2}
+    chosen = component("objectives", "mixed", field="x", predictor=predictor)
+
+    def batch(rows: range, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        pixels = torch.randint(0, 256, (N, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        return _rows(rows, {"pixels": pixels}, missing)
+
+    return Root(model, [chosen], fields={"x": "a"}, views={}), batch
+
+
+def _replaced(missing: frozenset[int] = frozenset()) -> tuple[Root, Make]:
+    torch.manual_seed(0)
+    encoder = component("encoders", "text-transformer", tokenizer="bytes", width=12, depth=1, heads=2, max_length=12)
+    model = Model(ModelConfig(dim=8, towers={"a": TowerConfig(encoder=encoder)}, temperatures={}))
+    chosen = component("objectives", "replaced", field="x", generator={"width": 8, "depth": 1, "heads": 2})
+
+    def batch(rows: range, step: int) -> Batch:
+        texts = [f"{'abcde' * (i % 3)}{i} {step}" for i in range(N)]  # of several lengths: shards pad differently
+        encoder = model.tower("a").encoder
+        here = [i for i in rows if i not in missing]
+        inputs = encoder.collate([encoder.prepare(texts[i]) for i in here]) if here else {}
+        return _rows(rows, inputs, missing, whole=False)
+
+    return Root(model, [chosen], fields={"x": "a"}, views={}), batch
+
+
+def _rows(rows: range, inputs: dict[str, Tensor], missing: frozenset[int], *, whole: bool = True) -> Batch:
+    here = [i for i in rows if i not in missing]
+    some = {key: value[here] for key, value in inputs.items()} if whole else inputs
+    return Batch(
+        ids=[str(i) for i in rows], inputs={"x": [some]} if here else {}, seeds=torch.tensor(list(rows)) * 31 + 5,
+        present={"x": torch.tensor([i not in missing for i in rows], dtype=torch.bool)},
+    )  # fmt: skip
+
+
+def _w2v_bert() -> tuple[Root, Make]:
+    target = {"type": "gumbel-codes", "groups": 2, "codes": 4, "dim": 6, "width": 5}
+    fields = {"input": "mask-token", "predictor": {"type": "tokenwise"}, "target": target, "negatives": "all"}
+    root = ssl_toys.build(component("objectives", "w2v-bert", field="x", layer=1, **fields))
+    return root, lambda rows, step: ssl_toys.batch(rows, step=step)
+
+
+def _moved(*objectives: Any, missing: frozenset[Any] = frozenset(), began: str = "") -> tuple[Root, Make]:
+    """A model that has moved since its objectives were built."""
+    model = ssl_toys.build(fields={"x": "a", "y": "b"}).model.requires_grad_()
+    model.began = frozenset(name for name in model.state_dict() if began in name) if began else None
+    root = Root(model, objectives, fields={"x": "a", "y": "b"}, views={})
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in root.model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return root, lambda rows, step: ssl_toys.batch(rows, fields="xy", views=1, step=step, missing=missing)
+
+
+def _anchor(missing: frozenset[Any] = frozenset(), **fields: Any) -> tuple[Root, Make]:
+    return _moved(component("objectives", "anchor", fields=["x", "y"], **fields), missing=missing)
+
+
+def _l2_sp() -> tuple[Root, Make]:
+    beside = component("objectives", "redundancy", fields=["x", "y"], views=[0], loss={"type": "vicreg"}, weight=0.1)
+    return _moved(component("objectives", "l2-sp", alpha=0.3, beta=0.2), beside, began="encoder")
+
+
+ROOTS: dict[str, Callable[[], tuple[Root, Make]]] = {
+    "seq-jepa": _sequence,
+    "seq-jepa, a rank without": lambda: _sequence(frozenset(HERE)),
+    "mixed": _mixed,
+    "mixed, a rank without": lambda: _mixed(frozenset(FIRST)),
+    "mixed, some missing": lambda: _mixed(frozenset({0, 6, 7, 10})),
+    "electra": _replaced,
+    "electra, a rank without": lambda: _replaced(frozenset(FIRST)),
+    "w2v-bert": _w2v_bert,
+    "anchor": _anchor,
+    "anchor, mse, a rank without": lambda: _anchor(frozenset(HERE), by="mse"),
+    "anchor, similarity, some missing": lambda: _anchor(frozenset(SOME), by="similarity"),
+    "l2-sp": _l2_sp,
+}
+NAMES = [*CASES, *ROOTS]
+
+
 @cache
 def _fields(name: str) -> dict[str, str]:
     return {"x": "a", "y": "b"} if name.endswith("across") else {"x": "a"}
@@ -75,15 +187,14 @@ def _state(root: Any) -> dict[str, Tensor]:
 
 def gradients(wrap: Any, name: str, rows: range) -> dict[str, Tensor]:
     """Loss, gradient after one backward pass, and all state after some steps of SGD, by name."""
-    kind, fields, settings = CASES[name]
-    root = ssl_toys.build(component("objectives", kind, **fields), fields=_fields(name)).double()
-    root = ssl_toys.nudge(root) if root.teacher is not None else root
+    root, batch = ROOTS[name]() if name in ROOTS else _toy(name)
+    root = ssl_toys.nudge(root.double()) if root.teacher is not None else root.double()
     wrapped = wrap(root)
     trained = {k: p for k, p in root.named_parameters() if p.requires_grad}
     optimizer = torch.optim.SGD(trained.values(), lr=0.1, momentum=0.9)
     found: dict[str, Tensor] = {}
     for step in range(STEPS):
-        loss = wrapped(ssl_toys.batch(rows, fields="xy", views=3, step=step, **settings))["loss"]
+        loss = wrapped(batch(rows, step))["loss"]
         loss.backward()
         if step == 0:
             found["loss"] = world().sum(loss.detach().reshape(1)) / world().size
@@ -101,7 +212,7 @@ def single() -> dict[str, Tensor]:
     """What one process with the whole batch finds."""
     found: dict[str, Tensor] = {}
     with in_double():
-        for name in CASES:
+        for name in NAMES:
             found.update({f"{name}/{k}": v for k, v in gradients(lambda root: root, name, range(N)).items()})
     return found
 
@@ -115,7 +226,7 @@ def compare(reference: str) -> dict[str, Any]:
     whole = load_file(reference)
     out: dict[str, Any] = {"rows": len(rows), "world": ranks.size}
     with in_double():
-        for name in CASES:
+        for name in NAMES:
             found = gradients(parity.ddp, name, rows)
             out[name] = parity.errors(found, {k: whole[f"{name}/{k}"] for k in found})
     return out

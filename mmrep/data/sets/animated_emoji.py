@@ -23,7 +23,7 @@ from PIL import Image
 from pydantic import Field
 
 from mmrep.config import ConfigError, config
-from mmrep.data.emoji import Concept, load_concepts, split_families
+from mmrep.data.emoji import Concept, category, load_concepts, split_families
 from mmrep.data.sets._options import wrong_names
 from mmrep.data.sets._packages import find, npm_version, python_version, sizes
 from mmrep.data.sets._rows import RowSource
@@ -40,9 +40,10 @@ class AnimatedEmojiConfig(SourceConfig):
 
     split: part of the concept families; seed, validation, test: as of the source ``emoji``, and to the same effect.
     languages: codes; ``caption`` lists the names in all of them. skin_tones: also the skin-tone variants. still: also
-    drawings of one frame. frames: hand out so many frames, evenly spread, as an array rather than the file; 0 = the
-    file. A frame of a WebP can only be reached through all before it, which takes 60 ms a file and reading; the array
-    is decoded once and kept in memory. size: height and width of those frames, pixels.
+    drawings of one frame. categories: only emoji of these groups of the Unicode charts; empty = of all. frames: hand
+    out so many frames, evenly spread, as an array rather than the file; 0 = the file. A frame of a WebP can only be
+    reached through all before it, which takes 60 ms a file and reading; the array is decoded once and kept in memory.
+    size: height and width of those frames, pixels.
     """
 
     root: str = "."
@@ -53,6 +54,7 @@ class AnimatedEmojiConfig(SourceConfig):
     test: Annotated[int, Field(ge=0)] = 300
     skin_tones: bool = False
     still: bool = False
+    categories: tuple[str, ...] = ()
     frames: Annotated[int, Field(ge=0)] = 0
     size: Annotated[int, Field(ge=8, le=256)] = 64
     label: str | None = "family"
@@ -64,12 +66,14 @@ class AnimatedEmoji(RowSource):
 
     Columns: ``video`` (path of an animated WebP, or ``{"array": uint8 [frames, size, size, 4], "fps": …}``), ``frame``
     (the same path, of which a picture is the first frame, or the middle one of the array), ``caption`` (list of names),
-    ``name`` (the English one), ``family``, ``concept``, ``frames`` (how many the file has) and ``seconds`` (how long
-    they last).
+    ``name`` (the English one), ``family``, ``concept``, ``category`` and ``subcategory`` (group and sub-group of the
+    Unicode emoji charts), ``frames`` (how many the file has) and ``seconds`` (how long they last).
     """
 
     Config = AnimatedEmojiConfig
-    columns = ("video", "frame", "caption", "name", "family", "concept", "frames", "seconds")
+    columns = (
+        "video", "frame", "caption", "name", "family", "concept", "category", "subcategory", "frames", "seconds",
+    )  # fmt: skip
     config: AnimatedEmojiConfig
 
     def __init__(self, config: AnimatedEmojiConfig) -> None:
@@ -84,13 +88,16 @@ class AnimatedEmoji(RowSource):
         known = {code for concept in concepts for code in concept.names}
         if problems := wrong_names("languages", config.languages, known, "name in"):
             raise ConfigError(problems)
+        groups = {concept.id: (category(concept) or (None,))[0] for concept in concepts}
+        if problems := wrong_names("categories", config.categories, {g for g in groups.values() if g}, "group"):
+            raise ConfigError(problems)
         if config.split != "all":
             parts = split_families(concepts, config.seed, validation=config.validation, test=config.test)
             concepts = parts[config.split]
         rows: list[tuple[str, Mapping[str, Any]]] = []
         for concept in concepts:
             file = files.get(_key(concept.id))
-            if file is None:
+            if file is None or (config.categories and groups[concept.id] not in config.categories):
                 continue
             frames, seconds = _animation(file, file.stat().st_mtime_ns)
             if frames > 1 or config.still:
@@ -116,6 +123,7 @@ class AnimatedEmoji(RowSource):
 
 
 def _row(concept: Concept, file: Path, frames: int, seconds: float, languages: list[str]) -> dict[str, Any]:
+    group, subgroup = category(concept) or (None, None)
     return {
         "video": file,
         "frame": file,
@@ -123,6 +131,8 @@ def _row(concept: Concept, file: Path, frames: int, seconds: float, languages: l
         "name": concept.name,
         "family": concept.family,
         "concept": concept.id,
+        "category": group,
+        "subcategory": subgroup,
         "frames": frames,
         "seconds": seconds,
     }

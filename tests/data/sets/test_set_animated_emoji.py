@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,23 @@ def test_options(folder):
         build(folder, languages=["xx"])
 
 
+def test_categories_are_the_groups_of_the_unicode_charts(folder):
+    source = build(folder, skin_tones=True, label="category")
+    columns = (source.column(name) for name in ("name", "category", "subcategory"))
+    found = {name: (group, part) for name, group, part in zip(*columns, strict=True)}
+    assert found == {
+        "keycap #": ("Symbols", "keycap"),
+        "person running": ("People & Body", "person-activity"),
+        "person running light skin tone": ("People & Body", "person-activity"),
+        "red heart": ("Smileys & Emotion", "heart"),
+    }
+    assert {sample.label for sample in source} == {group for group, _ in found.values()}
+    some = build(folder, categories=["Symbols", "Smileys & Emotion"])
+    assert some.column("name") == ["keycap #", "red heart"]
+    with pytest.raises(ConfigError, match="categories: no group 'Symbol'; did you mean 'Symbols'"):
+        build(folder, categories=["Symbol"])
+
+
 def test_frames_are_counted_as_pillow_does(tmp_path):
     for frames in (1, 2, 5):
         file = files(tmp_path, {f"{frames}.webp": webp(frames)}) / f"{frames}.webp"
@@ -130,6 +148,10 @@ def test_the_real_drawings():
     everything = AnimatedEmoji(AnimatedEmojiConfig(root=root, split="all"))
     assert len(everything) == 363
     assert len(AnimatedEmoji(AnimatedEmojiConfig(root=root, split="all", skin_tones=True))) == 1003
+    assert Counter(everything.column("category")) == {
+        "People & Body": 162, "Animals & Nature": 70, "Smileys & Emotion": 56, "Travel & Places": 54,
+        "Food & Drink": 7, "Flags": 5, "Objects": 5, "Activities": 4,
+    }  # fmt: skip
     for index in range(0, 363, 15):
         fields = everything[index].fields
         with Image.open(fields["video"]) as video:

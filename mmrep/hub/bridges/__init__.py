@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries as models of ours: one bridge for each library."""

@@ -1,0 +1,89 @@
+"""Which encoder reads a checkpoint of transformers, by the model type of its config, and how it is pooled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tower: its encoder's registered type, and its pool."""
+
+    encoder: str
+    pool: str = "native"
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A checkpoint of two modalities in one space.
+
+    Attributes:
+        towers: by name.
+        scale: parameter that holds the logarithm of the logit scale, or the temperature itself.
+        bias: parameter of the bias, None = no bias.
+        inverse: ``scale`` is a temperature that similarities are divided by.
+        highest: bound of the scale in the family's training, None = none.
+    """
+
+    towers: dict[str, Part]
+    scale: str = "logit_scale"
+    bias: str | None = None
+    inverse: bool = False
+    highest: float | None = 100.0
+
+
+_IMAGE_TEXT = {"image": Part("hf-image"), "text": Part("hf-text")}
+JOINT = {
+    "clip": Joint(_IMAGE_TEXT),
+    "metaclip_2": Joint(_IMAGE_TEXT),
+    "chinese_clip": Joint(_IMAGE_TEXT),
+    "altclip": Joint(_IMAGE_TEXT),
+    "siglip": Joint(_IMAGE_TEXT, bias="logit_bias", highest=None),
+    "siglip2": Joint(_IMAGE_TEXT, bias="logit_bias", highest=None),
+    "align": Joint(_IMAGE_TEXT, scale="temperature", inverse=True, highest=None),
+    "clap": Joint({"audio": Part("hf-audio"), "text": Part("hf-text")}, scale="logit_scale_a", highest=None),
+}
+"""Model types of two towers; the pools are what the library's ``get_…_features`` return."""
+
+_POOLS = {
+    "vit": "cls", "beit": "mean", "deit": "cls", "vit_mae": "cls", "dinov3_convnext": "native",
+    "timesformer": "cls", "vivit": "cls", "audio-spectrogram-transformer": "native",
+}  # fmt: skip
+"""Of single models, where it is not the default of the modality."""
+_DEFAULTS = {"image": "native", "text": "mean", "audio": "mean", "video": "mean", "time_series": "mean"}
+_ENCODERS = {"image": "hf-image", "text": "hf-text", "audio": "hf-audio", "video": "hf-video",
+             "time_series": "hf-series"}  # fmt: skip
+_TASKS = {
+    "video": ("VIDEO_CLASSIFICATION",),
+    "audio": ("AUDIO_CLASSIFICATION", "CTC", "SPEECH_SEQ_2_SEQ"),
+    "time_series": ("TIME_SERIES_PREDICTION", "TIME_SERIES_CLASSIFICATION", "TIME_SERIES_REGRESSION"),
+    "image": ("IMAGE_CLASSIFICATION", "IMAGE", "MASKED_IMAGE_MODELING", "BACKBONE"),
+    "text": ("MASKED_LM", "CAUSAL_LM", "SEQUENCE_CLASSIFICATION", "TEXT_ENCODING", "SEQ_TO_SEQ_CAUSAL_LM"),
+}
+"""transformers lists its model types by task; the first modality that has the type is the model's."""
+
+
+def single(kind: str) -> tuple[str, Part] | None:
+    """Modality and tower of a model type that is not in `JOINT`, None if transformers lists it nowhere we know."""
+    modality = _parts_modality(kind) or next((m for m, tasks in _TASKS.items() if kind in _listed(tasks)), None)
+    if modality is None:
+        return None
+    decoder = modality == "text" and kind in _listed(("CAUSAL_LM",)) and kind not in _listed(("MASKED_LM",))
+    pool = "last" if decoder else _POOLS.get(kind, _DEFAULTS[modality])
+    if kind.endswith(("_vision_model", "_text_model", "_audio_model")):
+        pool = "native"
+    return modality, Part(_ENCODERS[modality], pool)
+
+
+def _parts_modality(kind: str) -> str | None:
+    """Of the part of a joint model that was saved alone."""
+    ends = {"_text_model": "text", "_vision_model": "image", "_audio_model": "audio"}
+    return next((modality for end, modality in ends.items() if kind.endswith(end)), None)
+
+
+def _listed(tasks: tuple[str, ...]) -> set[str]:
+    from transformers.models.auto import modeling_auto
+
+    names: Any = [getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}) for task in tasks]
+    return {kind for mapping in names for kind in mapping}

@@ -1,0 +1,148 @@
+"""``hf:organisation/name``, ``hf:package:name/folder`` or a folder of transformers or sentence-transformers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmrep.hub.bridges import _sentences
+from mmrep.hub.bridges._families import JOINT, Joint, Part, single
+from mmrep.hub.bridges.bridge import Bridge, Values, tower, width
+from mmrep.hub.fetch import PICKLES, Fetched, ModelFolderError, fetch
+from mmrep.hub.pretrained import locate
+from mmrep.model import Model
+from mmrep.registry import near
+
+
+class HuggingFace(Bridge):
+    """A model of transformers, or a folder of sentence-transformers, with its preprocessing.
+
+    Joint models (CLIP, MetaCLIP 2, Chinese-CLIP, AltCLIP, SigLIP, SigLIP 2, ALIGN, CLAP) become two towers in one
+    space, with the checkpoint's scale and bias; embeddings are what ``get_image_features`` and the like return, of
+    unit length. Any other model is one tower: text is pooled by the mean, or the last token of decoders, as
+    sentence-transformers does where a folder does not say otherwise. A sentence-transformers folder brings its pooling,
+    dense layer, normalisation, prompts and length.
+    """
+
+    def __init__(self, name: str, *, pool: str | None = None, **hub: Any) -> None:
+        super().__init__(name, pool=pool, **hub)
+        self.packaged = name.startswith("package:")
+        path = Path(_located(name) if self.packaged else name).expanduser()
+        self.local = path.is_dir()
+        self.fetched = Fetched(path) if self.local else fetch(name, **hub)
+        self.folder = self.fetched.folder
+        self.modules = _sentences.modules(self.folder)
+        inner = self.folder if self.modules is None else self.folder / self.modules.path
+        self.inner = inner
+        self.kind = _kind(name, inner)
+        if not any(inner.glob("*.safetensors")):
+            raise ModelFolderError(_no_weights(name, inner, self.fetched.pickles))
+
+    def config(self) -> dict[str, Any]:
+        """See `Bridge.config`."""
+        return self._config({"path": str(self.inner)})
+
+    def named(self) -> dict[str, Any]:
+        """See `Bridge.named`."""
+        if self.packaged:
+            return self._config({"path": self.name})
+        if self.local:
+            return self.config()
+        inside = "" if self.modules is None or not self.modules.path else f"/{self.modules.path}"
+        if inside:  # an encoder reads the root of a repository alone
+            return self.config()
+        return self._config({"path": self.name, "revision": self.fetched.commit})
+
+    def _config(self, where: dict[str, Any]) -> dict[str, Any]:
+        joint = JOINT.get(self.kind)
+        if joint is not None and self.modules is None:
+            return self._joint(joint, where)
+        found = single(self.kind)
+        if found is None:
+            raise ModelFolderError(
+                f"{self.name!r} is a {self.kind!r} model, which no encoder here reads{near(self.kind, JOINT)} "
+                f"Joint models: {', '.join(JOINT)}; and any model of images, text, audio, video or series that "
+                "transformers' AutoModel builds"
+            )
+        modality, part = found
+        if self.modules is not None:
+            return self.modules.config(where, self.pool)
+        only = self._tower(part, where)
+        dim = width(only, self.inner)
+        return {"dim": dim, "towers": {modality: only}, "normalize": False, "temperatures": {}}
+
+    def _joint(self, joint: Joint, where: dict[str, Any]) -> dict[str, Any]:
+        towers = {name: self._tower(part, where) for name, part in joint.towers.items()}
+        scale, bias = self._temperature(joint)
+        temperature: dict[str, Any] = {"scale": scale, "bias": bias, "max_scale": joint.highest}
+        document = json.loads((self.inner / "config.json").read_text())
+        dim = document.get("projection_dim") or document["text_config"].get("projection_size")
+        if self.kind in ("siglip", "siglip2"):
+            dim = document["text_config"].get("projection_size") or document["vision_config"]["hidden_size"]
+        return {"dim": dim, "towers": towers, "temperatures": {"default": temperature}}
+
+    def _tower(self, part: Part, where: dict[str, Any]) -> dict[str, Any]:
+        return tower({"type": part.encoder, **where}, self.pool or part.pool)
+
+    def _temperature(self, joint: Joint) -> tuple[float, float | None]:
+        values = Values(self.inner)
+        if joint.scale not in values:
+            raise ModelFolderError(f"{self.name!r} has no {joint.scale!r}: it is not a whole {self.kind!r} model")
+        raw = values.scalar(joint.scale)
+        return 1 / raw if joint.inverse else math.exp(raw), None if joint.bias is None else values.scalar(joint.bias)
+
+    @torch.no_grad()
+    def fill(self, model: Model) -> None:
+        """See `Bridge.fill`."""
+        if self.modules is not None:
+            self.modules.fill(model)
+        joint = JOINT.get(self.kind) if self.modules is None else None
+        if joint is not None and not joint.inverse:  # the parameter itself, not what became of it by exp and log
+            if "default" in model.temperatures:  # a recipe may have left it out
+                model.temperature("default").log_scale.fill_(Values(self.inner).scalar(joint.scale))
+
+
+def _located(name: str) -> str:
+    """The folder of ``package:name/folder``."""
+    try:
+        return locate(name)
+    except ValueError as error:
+        raise ModelFolderError(str(error)) from error
+
+
+def _kind(name: str, folder: Path) -> str:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelFolderError(f"{name!r} has no config.json: it is not a model of transformers")
+    document = json.loads(path.read_text(encoding="utf-8"))
+    kind = str(document.get("model_type", ""))
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if kind not in CONFIG_MAPPING_NAMES:
+        remote = document.get("auto_map")
+        if remote:
+            raise ModelFolderError(
+                f"{name!r} is a {kind!r} model whose code is in its own repository ({', '.join(remote)}), and "
+                "mmrep never runs code of a repository. Where you trust it: load it with transformers and "
+                "its trust_remote_code inside an encoder of your own (see CONTRIBUTING.md, a new encoder)"
+            )
+        raise ModelFolderError(
+            f"{name!r}: its config.json has model_type {kind!r}, which the installed transformers does not know"
+            f"{near(kind, CONFIG_MAPPING_NAMES)}"
+        )
+    return kind
+
+
+def _no_weights(name: str, folder: Path, pickles: tuple[str, ...]) -> str:
+    found = sorted({*pickles, *(p.name for pattern in PICKLES for p in folder.glob(pattern))})
+    if found:
+        return (
+            f"{name!r} has no safetensors weights, only {', '.join(found[:3])}: reading a pickle can run any program, "
+            "so it is refused. Where you trust it: transformers.AutoModel.from_pretrained(…).save_pretrained(folder) "
+            "once, and load that folder"
+        )
+    return f"{name!r} holds no model weights (*.safetensors)"

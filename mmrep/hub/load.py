@@ -1,0 +1,92 @@
+"""`mmrep.load`: one name for a model, whoever made it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmrep.config import parse
+from mmrep.hub import folder
+from mmrep.hub.bridges.bridge import Bridge
+from mmrep.hub.fetch import ModelFolderError
+from mmrep.model import Model, ModelConfig
+from mmrep.registry import bridges, near
+
+
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    check_fingerprint: bool = True,
+    pool: str | None = None,
+    **hub: Any,
+) -> Model:
+    """Load a model: one of ours, or a checkpoint of another library as one of ours.
+
+    Args:
+        name: a folder, or a hub id ``organisation/name``, of a model of ours or of transformers,
+            sentence-transformers, open_clip or timm; or
+            ``scheme:name``, where the scheme is the library: ``hf:organisation/name``,
+            ``open_clip:ViT-B-32/laion2b_s34b_b79k``, ``timm:resnet50.a1_in1k``.
+        device: where to put the model; None = CPU.
+        check_fingerprint: refuse a model of ours whose embeddings are not those it was saved with.
+        pool: for checkpoints of others, a pool instead of their own, such as ``"mean"`` or ``"cls"``.
+        **hub: huggingface_hub's own: ``revision, token, cache_dir, force_download, local_files_only``.
+
+    Raises:
+        ModelFolderError: no such model, damaged, or only pickles.
+    """
+    found = bridge(name, pool=pool, **hub)
+    if found is None:
+        if pool is not None:
+            raise ModelFolderError(f"pool={pool!r}: {str(name)!r} is a model of ours, which has its own")
+        return folder.load(name, device=device, check_fingerprint=check_fingerprint, **hub)
+    model = build(found)
+    return model if device is None else model.to(device)
+
+
+def bridge(name: str | Path, *, pool: str | None = None, **hub: Any) -> Bridge | None:
+    """The bridge to a checkpoint of another library; None for a model of ours.
+
+    Raises:
+        ModelFolderError: an unknown scheme, or no such checkpoint.
+    """
+    scheme, colon, rest = str(name).partition(":")
+    if colon and len(scheme) > 1 and not Path(name).exists():
+        if scheme not in bridges.names():
+            known = bridges.names()
+            raise ModelFolderError(
+                f"{str(name)!r}: no bridge {scheme!r}{near(scheme, known)} There are {', '.join(known)}"
+            )
+        return bridges.get(scheme)(rest, pool=pool, **hub)
+    place = folder.locate(name, **hub)
+    kind = _written_by(place)
+    if kind is None:
+        return None
+    return bridges.get(kind)(str(name), pool=pool, **hub)
+
+
+def build(found: Bridge) -> Model:
+    """The model on the other side of a bridge, in eval mode; its config says the checkpoint's public name."""
+    model = Model(parse(ModelConfig, found.config()))
+    found.fill(model)
+    model.config = parse(ModelConfig, found.named())
+    for name, tower in model.config.towers.items():
+        model.tower(name).config = tower
+    return model.eval()
+
+
+def _written_by(place: Path) -> str | None:
+    """The scheme of the library that wrote a folder; None = ours, or nobody's that we know."""
+    if (place / "open_clip_config.json").is_file():
+        return "open_clip"
+    if (place / "modules.json").is_file():
+        return "hf"
+    path = place / "config.json"
+    document = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "model_type" in document:
+        return "hf"
+    return "timm" if "architecture" in document and "format" not in document else None

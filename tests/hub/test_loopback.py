@@ -1,0 +1,121 @@
+"""Loading from a hub that is served on loopback, by the client's real code path, and every way to fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import mmrep
+from tests.hub.loopback import COMMIT, Hub, Repo
+from tests.hub.loopback_driver import TEXTS
+from tests.modalities.text import tiny_hf
+
+ROOT = Path(__file__).parents[2]
+SCENARIOS = {
+    "plain": {"name": "org/plain"},
+    "scheme": {"name": "hf:org/plain", "revision": COMMIT},
+    "ours": {"name": "org/ours"},
+    "no revision": {"name": "org/plain", "revision": "v9"},
+    "no repository": {"name": "hf:org/none"},
+    "no token": {"name": "org/private"},
+    "token": {"name": "org/private", "token": "hf_right"},
+    "gated": {"name": "org/gated"},
+    "in trouble": {"name": "org/trouble"},
+    "down": {"name": "org/down"},
+    "cut": {"name": "org/cut"},
+    "slow": {"name": "org/slow"},
+    "forged": {"name": "org/forged"},
+    "no weights": {"name": "org/pickle"},
+    "no config": {"name": "org/bare"},
+}
+
+
+def run(hub: Hub, jobs: list[dict], folder: Path, **environment: str) -> list[dict]:
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [sys.executable, "-m", "tests.hub.loopback_driver", str(folder / "jobs.json"), str(folder / "out.json")]
+    outside = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    subprocess.run(command, check=True, cwd=ROOT, env={**outside, **settings, **environment}, timeout=300)
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    model, tokenizer = tiny_hf.make("bert")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def world(bert, tmp_path_factory):
+    """Every scenario once, and what the hub saw of it."""
+    folder = tmp_path_factory.mktemp("hub")
+    mmrep.load(bert).save_pretrained(folder / "ours")
+    weights, size = "model.safetensors", (bert / "model.safetensors").stat().st_size
+    for name in ("pickle", "bare"):
+        (folder / name).mkdir()
+    (folder / "pickle" / "config.json").write_text((bert / "config.json").read_text())
+    (folder / "pickle" / "pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "bare" / weights).write_bytes((bert / weights).read_bytes())
+    repos = {
+        "org/plain": Repo(bert), "org/ours": Repo(folder / "ours"), "org/private": Repo(bert, token="hf_right"),
+        "org/gated": Repo(bert, gated=True), "org/trouble": Repo(bert, fail={weights: 1}),
+        "org/down": Repo(bert, fail={weights: 99}), "org/cut": Repo(bert, cut={weights: size // 2}),
+        "org/slow": Repo(bert, slow=0.05), "org/forged": Repo(bert, forged={weights: b"x" * size}),
+        "org/pickle": Repo(folder / "pickle"), "org/bare": Repo(folder / "bare"),
+    }  # fmt: skip
+    with Hub(repos) as hub:
+        found = run(hub, [dict(job) for job in SCENARIOS.values()], folder)
+        seen = dict(hub.log)
+        offline = [{"name": "org/plain"}, {"name": "org/other"}]
+        away = run(hub, offline, folder, HF_HUB_OFFLINE="1")
+        assert dict(hub.log) == seen, "nothing is asked when offline"
+    return {**dict(zip(SCENARIOS, found, strict=True)), "offline": away[0], "never seen": away[1]}, seen
+
+
+GOOD = ("plain", "scheme", "ours", "token", "in trouble", "cut", "slow", "offline")
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_what_arrives_is_the_model(world, bert, name):
+    found = world[0][name]
+    assert "error" not in found, found
+    wanted = mmrep.load(bert).encode(TEXTS)
+    np.testing.assert_allclose(found["vectors"], wanted, atol=1e-6)
+    np.testing.assert_allclose(found["again"], wanted, atol=1e-6)
+
+
+def test_the_config_names_the_repository_and_the_commit_but_no_folder(world):
+    encoder = world[0]["plain"]["config"]["towers"]["text"]["encoder"]
+    assert encoder["path"] == "org/plain"
+    assert encoder["revision"] == COMMIT
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("no revision", "has no revision 'v9': give a branch, tag or commit"),
+    ("no repository", "the hub shows no such repository: check the name; if it is private, give token="),
+    ("no token", "if it is private, give token="),
+    ("gated", "is gated: accept its conditions"),
+    ("down", "could not be downloaded: Server error '500"),
+    ("forged", "was damaged on its way"),
+    ("no weights", "has no safetensors weights, only pytorch_model.bin"),
+    ("no config", "is no saved model"),
+    ("never seen", "is not in the local cache"),
+])  # fmt: skip
+def test_what_fails_says_what_to_do(world, name, message):
+    assert message in world[0][name].get("error", "nothing failed")
+
+
+def test_faults_were_really_met(world):
+    found, seen = world
+    assert seen["GET", "model.safetensors", 500] == 1 + 3  # one and success; three attempts and none
+    assert not any(name.endswith(".bin") for _, name, _ in seen), "pickles are not downloaded"
+    assert found["slow"]["seconds"] > 0.3
