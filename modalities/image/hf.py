@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from PIL import Image
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmrep.config import config
 from mmrep.hub.pretrained import locate
@@ -141,6 +141,10 @@ class HFImage(ImageEncoder):
         if not isinstance(self.trunk, ViTTrunk):
             return super().content(inputs)
         return Content(self._patches(inputs)) if self.native else self.trunk.content(self.normalize(inputs["pixels"]))
+
+    def layer_modules(self) -> list[nn.Module]:
+        """See `Encoder.layer_modules`: blocks, or the stages of networks whose layers cannot be asked for."""
+        return list(self.trunk.blocks())
 
     def save_files(self, folder: Path) -> None:
         """Write the model's own config.json and its processor's preprocessor_config.json."""

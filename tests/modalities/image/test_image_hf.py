@@ -455,6 +455,28 @@ def test_a_tower_gives_the_librarys_embedding(made: Folder, tmp_path: Path):
     torch.testing.assert_close(torch.as_tensor(again), want, **CLOSE)
 
 
+@pytest.mark.parametrize("kind", ["beit", "dinov3", "siglip", "swin", "resnet"])
+def test_blocks_computed_again_have_the_same_gradient(kind: str, made: Folder):
+    """Also with dropped tokens: what a block is told of their places must not be forgotten until then."""
+    from mmrep.checkpointing import checkpoint_blocks
+
+    plain, again = build(made(kind)[0]), build(made(kind)[0])
+    assert checkpoint_blocks(again)
+    assert len(plain.layer_modules()) == 2 == len(again.layer_modules())
+    for encoder in (plain, again):
+        encoder.train()
+        if kind == "dinov3":
+            encoder.trunk.model.rope_embeddings.eval()  # it would draw a random scale
+        torch.manual_seed(0)  # of dropped paths
+        tokens = encoder.tokenize(inputs_of(encoder, ODD))
+        keep = None if kind in MAPS else torch.tensor([[9, 4, 12]]).expand(4, -1)
+        encoder.encode(tokens, keep).tokens.values.square().sum().backward()
+    for (name, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, **CLOSE)
+
+
 def test_nothing_is_learned_from_training_pictures(made: Folder, tmp_path: Path):
     """A recipe asks every encoder to; ours of bands would learn a mean."""
     config = component("encoders", "hf-image", path=str(made("vit")[0])).config
