@@ -175,6 +175,20 @@ def export(
 
 
 @app.command()
+def convert(
+    weights: Annotated[str, typer.Argument(help="File of weights (.pt, .pth, .bin), or package:name/file.")],
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    like: Annotated[
+        str | None, typer.Option(help="timm:name: take the tensors' names from this network, by their order.")
+    ] = None,
+) -> None:
+    """Write a torch file of weights as safetensors. Only tensors are read: nothing in the file is run."""
+    from mmrep.hub.torch_file import convert as write
+
+    typer.echo(f"{write(weights, out, like=like)} tensors → {out}", err=True)
+
+
+@app.command()
 def index(
     data: Annotated[Path, typer.Argument(help="Run folder (its held-out data is indexed), or a folder of files.")],
     model: Annotated[str | None, typer.Option("--model", "-m", help="Saved model; default the run's own.")] = None,

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
-from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mmrep.hub.torch_file import read_weights
 from mmrep.modalities.audio._hf_wave import WaveTrunk, additive, group_norm
 from mmrep.registry import near
 from mmrep.tokens import Grid, Tokens
@@ -117,7 +113,7 @@ def load_weights(model: nn.Module, name: str, weights: str | None, download: boo
     """
     bundle = bundle_of(name)
     if weights is not None:
-        state = _read(Path(weights).expanduser())
+        state = read_weights(weights)
     elif download:
         state = bundle._get_state_dict({"map_location": "cpu", "weights_only": True, "progress": False})
     else:
@@ -130,23 +126,3 @@ def load_weights(model: nn.Module, name: str, weights: str | None, download: boo
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f"the weights do not fit bundle {name!r}: {error}") from error
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """A state dict from a file of safetensors, or of torch with nothing in it but tensors."""
-    if not path.is_file():
-        raise ValueError(f"weights: there is no file {str(path)!r}")
-    if path.suffix not in (".safetensors", ".pt", ".pth"):
-        raise ValueError(f"weights {str(path)!r}: allowed are .safetensors, .pt and .pth")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, UnpicklingError) as error:
-        raise ValueError(
-            f"weights {str(path)!r} cannot be read as tensors alone (what else a pickle holds could run any program, "
-            f"so it is refused): {error}"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"weights {str(path)!r} holds no state dict of tensors, but {type(state).__name__}")
-    return state

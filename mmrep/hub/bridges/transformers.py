@@ -142,7 +142,7 @@ def _no_weights(name: str, folder: Path, pickles: tuple[str, ...]) -> str:
     if found:
         return (
             f"{name!r} has no safetensors weights, only {', '.join(found[:3])}: reading a pickle can run any program, "
-            "so it is refused. Where you trust it: transformers.AutoModel.from_pretrained(…).save_pretrained(folder) "
-            "once, and load that folder"
+            "so it is refused. `mmrep convert pytorch_model.bin model.safetensors` in a local copy reads tensors alone "
+            "and runs nothing; then load that folder"
         )
     return f"{name!r} holds no model weights (*.safetensors)"

@@ -12,8 +12,10 @@ import torchaudio
 from safetensors.torch import save_file
 from torchaudio.pipelines._wav2vec2 import impl, utils
 
+import mmrep
 from mmrep import BadSampleError
 from mmrep.config import ConfigError, component
+from mmrep.hub.fetch import ModelFolderError
 from mmrep.modalities.audio._signals import signal
 from mmrep.modalities.audio._torchaudio_wave import made_of_bundle
 from mmrep.modalities.audio.torchaudio import TorchaudioEncoder
@@ -193,9 +195,9 @@ def test_other_weights_are_refused(bundles: dict[str, Any], tmp_path: Path):
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds no state dict of tensors, but list"):
         build("TINY_BASE", weights=str(tmp_path / "list.pt"), download=False)
-    (tmp_path / "weights.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"allowed are .safetensors, .pt and .pth"):
-        build("TINY_BASE", weights=str(tmp_path / "weights.bin"), download=False)
+    (tmp_path / "weights.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"allowed are .safetensors, .pt, .pth"):
+        build("TINY_BASE", weights=str(tmp_path / "weights.npz"), download=False)
     torch.save(bundles["TINY_LARGE.pth"], tmp_path / "large.pt")
     with pytest.raises(ValueError, match="do not fit bundle 'TINY_BASE'"):
         build("TINY_BASE", weights=str(tmp_path / "large.pt"), download=False)
@@ -238,3 +240,15 @@ def test_other_rates_are_converted_and_too_short_is_refused():
     with pytest.raises(BadSampleError, match="too short"):
         encoder.prepare((np.zeros(least - 1), 8000))
     assert build("TINY_BASE", max_seconds=0.2).prepare((np.zeros(8000), 8000))["wave"].shape == (1, 1600)
+
+
+def test_the_bridge_is_the_mean_of_the_librarys_tokens(tmp_path: Path, bundles: dict[str, dict[str, torch.Tensor]]):
+    wave = clips((0.4,))[0]
+    with torch.no_grad():
+        wanted = library("TINY_BASE")(torch.from_numpy(wave)[None])[0].mean(1)
+    torch.save(bundles["TINY_BASE.pth"], tmp_path / "weights.pt")
+    for name in ("torchaudio:TINY_BASE", f"torchaudio:TINY_BASE/{tmp_path}/weights.pt"):
+        found = mmrep.load(name).encode([{"array": wave, "sampling_rate": 8000}])
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ModelFolderError, match="did you mean 'TINY_BASE'"):
+        mmrep.load("torchaudio:TINI_BASE")
