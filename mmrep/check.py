@@ -7,22 +7,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmrep._recipe_files import recipe_names
-from mmrep.config import ConfigError
+from mmrep.config import ConfigError, component, override
 from mmrep.registry import encoders, losses, near, tuple_losses
 
 
-def check(what: str) -> Iterator[str]:
+def check(what: str, fields: Sequence[str] = ()) -> Iterator[str]:
     """Check the encoder, loss, saved model, or recipe called ``what``; yields one line for each thing that holds.
 
+    Args:
+        what: its name or path.
+        fields: ``a.b=value``, of an encoder's config: some have no default for every field.
+
     Raises:
-        ConfigError: nothing is called that, or the recipe is wrong.
+        ConfigError: nothing is called that, the recipe is wrong, or the fields are not the encoder's.
         ModelFolderError: the saved model cannot be used.
         AssertionError: the encoder or loss breaks its contract; the message says how.
     """
+    if fields and what not in encoders:
+        raise ConfigError([f"check {what}: takes nothing more; only an encoder takes fields, and `gradients` a recipe"])
     if what in encoders:
-        yield from _encoder(what)
+        yield from _encoder(what, fields)
     elif what in losses or what in tuple_losses:
         yield from _loss(what)
     elif (Path(what) / "config.json").is_file():
@@ -60,11 +67,15 @@ def check_gradients(
     return ("", True) if report is None else (report.text(), report.agree)
 
 
-def _encoder(name: str) -> Iterator[str]:
+def _encoder(name: str, fields: Sequence[str]) -> Iterator[str]:
     from mmrep.testing import check_encoder
 
-    cls = encoders.get(name)
-    check_encoder(cls(cls.Config()))
+    data: dict[str, Any] = {}
+    for assignment in fields:
+        data = override(data, assignment)
+    chosen = component("encoders", name, **data)
+    check_encoder(chosen.build())
+    cls = chosen.cls
     yield f"encoder {name}: keeps the contract ({cls.__module__}.{cls.__qualname__})"
 
 

@@ -299,7 +299,10 @@ def check(
     ],
     rest: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RECIPE [A.B=VALUE]...]", help="After `gradients`: the recipe, and changes to it."),
+        typer.Argument(
+            metavar="[RECIPE] [A.B=VALUE]...",
+            help="After an encoder: fields of its config. After `gradients`: the recipe, and changes to it.",
+        ),
     ] = None,
     processes: Annotated[
         int | None, typer.Option(help="gradients: how many to start, default 2; a launcher's number goes first.")
@@ -307,6 +310,8 @@ def check(
     samples: Annotated[int | None, typer.Option(help="gradients: size of the batch; default 16 a process.")] = None,
 ) -> None:
     """Check an encoder's contract, a saved model, or a recipe; or, with `gradients RECIPE`, training on many processes.
+
+    `mmrep check hf-image path=./checkpoint` builds the encoder with these fields of its config.
 
     `mmrep check gradients RECIPE [a.b=value ...]` compares the gradient of one process with that of several real ones,
     which take unequal shares of one batch of the recipe's data: per loss, tower, temperature and objective. Exit code 1
@@ -323,9 +328,9 @@ def check(
         if not agree:
             sys.exit(1)
         return
-    if rest or processes is not None or samples is not None:
-        raise ConfigError([f"check {what}: takes nothing more; only `check gradients` takes a recipe and options"])
-    for line in run_checks(what):
+    if processes is not None or samples is not None:
+        raise ConfigError([f"check {what}: --processes and --samples are options of `check gradients`"])
+    for line in run_checks(what, rest or ()):
         typer.echo(line)
 
 

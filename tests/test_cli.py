@@ -175,6 +175,13 @@ def test_check_an_encoder_a_model_and_a_recipe(mmrep, world, run_folder):
     assert "did you mean 'image-vit'" in mmrep("check", "image-vitt", code=2)
 
 
+def test_check_an_encoder_with_fields_of_its_config(mmrep, world):
+    assert "keeps the contract" in mmrep("check", "image-vit", "size=8", "patch=4", "width=16", "depth=1", "heads=2")
+    assert "path" in mmrep("check", "hf-image", code=2)
+    assert "did you mean 'patch'" in mmrep("check", "image-vit", "pach=4", code=2)
+    assert "takes nothing more" in mmrep("check", world / "recipe.yaml", "a=1", code=2)
+
+
 def test_env_names_versions(mmrep):
     text = mmrep("env")
     assert "torch" in text

@@ -280,5 +280,5 @@ def test_check_still_takes_one_name(mmrep):
     assert "gradients" in mmrep("check", "--help")
     assert "which recipe?" in mmrep("check", "gradients", code=2)
     assert "did you mean 'quickstart'" in mmrep("check", "gradients", "quikstart", code=2)
-    assert "takes nothing more" in mmrep("check", "image-vit", "more", code=2)
-    assert "takes nothing more" in mmrep("check", "image-vit", "--processes", "2", code=2)
+    assert "path.to.key=value" in mmrep("check", "image-vit", "more", code=2)
+    assert "options of `check gradients`" in mmrep("check", "image-vit", "--processes", "2", code=2)

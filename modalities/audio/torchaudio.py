@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
+from torch import nn
 
 from mmrep.config import config
 from mmrep.modalities.audio._base import Preprocess
@@ -72,6 +73,10 @@ class TorchaudioEncoder(TrunkEncoder):
         )  # fmt: skip
         super().__init__(config, files, trunk=trunk, preprocess=preprocess)
         self._made_of = made_of
+
+    def layer_modules(self) -> list[nn.Module]:
+        """See `Encoder.layer_modules`."""
+        return list(self.trunk.model.encoder.transformer.layers)
 
     def save_files(self, folder: Path) -> None:
         """Write the architecture: another version of torchaudio may not know the name."""

@@ -22,6 +22,7 @@ class MapFamily:
         width: from the model to D.
         shape: from the config, and height and width of the picture, to rows and columns; None = as the map has them.
         special: leading tokens that are no place of the map.
+        stages: the attribute of the model that is the list of its stages or blocks.
         absolute: positions are learned for one size, and the model is told where a picture has another.
     """
 
@@ -30,6 +31,7 @@ class MapFamily:
     width: Callable[[Any], int]
     shape: Callable[[Any, int, int], tuple[int, int]] | None = None
     special: int = 0
+    stages: str = "encoder.stages"
     absolute: Callable[[Any], bool] = lambda config: False
 
 
@@ -59,6 +61,7 @@ def _swin(name: str) -> MapFamily:
         pool=lambda model, tokens, maps: tokens.mean(1),
         width=lambda model: model.num_features,
         shape=_swin_shape,
+        stages="encoder.layers",
         absolute=lambda config: config.use_absolute_embeddings,
     )
 
@@ -78,16 +81,29 @@ MAPS = {
         pool=lambda model, tokens, maps: tokens[:, 0],
         width=_last,
         shape=_convnext_shape,
+        stages="model.stages",
         special=1,
     ),
     "resnet": MapFamily(cls="ResNetModel", pool=_pooler, width=_last),
+    "regnet": MapFamily(cls="RegNetModel", pool=_pooler, width=_last),
+    "bit": MapFamily(cls="BitModel", pool=_pooler, width=_last),
+    "efficientnet": MapFamily(
+        cls="EfficientNetModel",
+        pool=_pooler,
+        width=lambda model: model.encoder.top_conv.out_channels,
+        stages="encoder.blocks",
+    ),
     "mobilenet_v2": MapFamily(
-        cls="MobileNetV2Model", pool=_pooler, width=lambda model: model.conv_1x1.convolution.out_channels
+        cls="MobileNetV2Model",
+        pool=_pooler,
+        width=lambda model: model.conv_1x1.convolution.out_channels,
+        stages="layer",
     ),
     "align_vision_model": MapFamily(
         cls="AlignVisionModel",
         pool=_pooler,
         width=lambda model: model.encoder.blocks[-1].projection.project_conv.out_channels,
+        stages="encoder.blocks",
     ),
 }
 """By ``model_type`` of the config of the vision part."""
@@ -114,6 +130,10 @@ class MapTrunk(nn.Module):
         self.width = family.width(model)
         size = getattr(config, "image_size", None)
         self.trained = (size, size) if isinstance(size, int) else tuple(size or ())
+
+    def blocks(self) -> nn.ModuleList:
+        """The stages of the network, or its blocks where it has none."""
+        return self.model.get_submodule(self.family.stages)
 
     def tokenize(self, pixels: Tensor) -> Tokens:
         """Normalised pixels [B, 3, H, W] to the cells of the last map, in raster order, behind special tokens."""

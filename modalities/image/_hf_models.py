@@ -37,6 +37,10 @@ class Family:
     native: bool = False
 
 
+def _nothing(model: Any, values: Tensor, valid: Tensor | None) -> None:
+    return None
+
+
 def _first(model: Any, values: Tensor, valid: Tensor | None) -> Tensor:
     return values[:, 0]
 
@@ -76,6 +80,8 @@ def _clip(name: str, projected: str | None = None) -> Family:
 FAMILIES = {
     "vit": Family(cls="ViTModel", pool=_layer),
     "deit": Family(cls="DeiTModel", pool=_layer, special=lambda config: 2),
+    "vit_msn": Family(cls="ViTMSNModel", pool=_nothing),
+    "ijepa": Family(cls="IJepaModel", pool=_layer, special=lambda config: 0),
     "dinov2": Family(cls="Dinov2Model", pool=_first, any_size=True),
     "dinov2_with_registers": Family(
         cls="Dinov2WithRegistersModel",

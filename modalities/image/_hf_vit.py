@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -46,8 +47,15 @@ class ViTTrunk(nn.Module):
         self.pooled_width: int | None = None if projection is None else config.projection_dim
         if getattr(model, "pooler", None) is not None:
             self.pooled_width = getattr(config, "pooler_output_size", None)
+        if family.relation == "bias":
+            for block in self.blocks():
+                block.__class__ = _biased(type(block))
         size = getattr(config, "image_size", None)
         self.trained = (size, size) if isinstance(size, int) else tuple(size or ())
+
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, in order."""
+        return _blocks(self.model)
 
     def tokenize(self, pixels: Tensor) -> Tokens:
         """Normalised pixels [B, 3, H, W] to embeddings and their positions."""
@@ -85,13 +93,12 @@ class ViTTrunk(nn.Module):
         mask = None if valid is None else _additive(valid, values.dtype)
         if self.family.relation is not None and tokens.grid.shape is None:
             raise ValueError("these tokens were cut before they came here; give all of them, and keep")
-        extra = self._angles(tokens.grid, kept.grid) if self.family.relation == "rotary" else {}
+        extra = {"rotary": self._angles, "bias": self._biases}.get(self.family.relation or "", _no_relation)(
+            tokens.grid, kept.grid
+        )
         asked: dict[int, Tensor] = {}
-        for number, block in enumerate(_blocks(self.model), start=1):
-            if self.family.relation == "bias":
-                values = _biased(block, values, self._bias(block, tokens.grid, kept.grid, mask))
-            else:
-                values = block(values, mask, **extra)
+        for number, block in enumerate(self.blocks(), start=1):
+            values = block(values, mask, **extra)
             asked[number] = values
         values = values if self.family.norm is None else getattr(self.model, self.family.norm)(values)
         pooled = self.family.pool(self.model, values, valid)
@@ -147,23 +154,38 @@ class ViTTrunk(nn.Module):
             cos, sin = cos[at][:, None], sin[at][:, None]
         return {"position_embeddings": (cos, sin)}
 
-    def _bias(self, block: Any, full: Grid, kept: Grid, mask: Tensor | None) -> Tensor | None:
-        """BEiT's relative positions, the block's own and those that all share, and ``mask``: [B, heads, K, K]."""
-        assert full.shape is not None
-        sources = (getattr(self.model, "shared_position_bias", None), block.relative_position_bias)
-        biases = [source(full.shape) for source in sources if source is not None]
-        if kept.shape is None:
-            at = F.pad(self._places(full, kept) + 1, (1, 0))
-            biases = [bias[0][:, at[:, :, None], at[:, None]].transpose(0, 1) for bias in biases]
-        parts = [*biases, *(() if mask is None else (mask,))]
-        return sum(parts[1:], parts[0]) if parts else None
+    def _biases(self, full: Grid, kept: Grid) -> dict[str, Any]:
+        """BEiT's window, which tokens of it are kept, and the bias of attention that all blocks share."""
+        at = None if kept.shape is not None else F.pad(self._places(full, kept) + 1, (1, 0))
+        shared = getattr(self.model, "shared_position_bias", None)
+        return {"window": full.shape, "at": at, "shared": None if shared is None else _chosen(shared(full.shape), at)}
 
 
-def _biased(block: Any, values: Tensor, mask: Tensor | None) -> Tensor:
-    """A block of BEiT with another bias than that of the full grid, which its own ``forward`` would make."""
-    seen, _ = block.attention(block.layernorm_before(values), attention_mask=mask)
-    values = values + block.drop_path(block.lambda_1 * block.dropout(seen))
-    return values + block.drop_path(block.lambda_2 * block.dropout(block.mlp(block.layernorm_after(values))))
+def _no_relation(full: Grid, kept: Grid) -> dict[str, Any]:
+    return {}
+
+
+def _chosen(bias: Tensor, at: Tensor | None) -> Tensor:
+    """A bias of attention [1, heads, N, N] among the tokens at int64 [B, K]: [B, heads, K, K]."""
+    return bias if at is None else bias[0][:, at[:, :, None], at[:, None]].transpose(0, 1)
+
+
+@cache
+def _biased(layer: Any) -> Any:
+    """A block of BEiT that can be told which tokens are kept; its own ``forward`` would make the bias of all."""
+
+    class Biased(layer):
+        def forward(
+            self, values: Tensor, mask: Tensor | None = None, window: Any = None, at: Any = None, shared: Any = None
+        ) -> Tensor:
+            own = None if self.relative_position_bias is None else _chosen(self.relative_position_bias(window), at)
+            parts = [part for part in (own, shared, mask) if part is not None]
+            bias = sum(parts[1:], parts[0]) if parts else None
+            seen, _ = self.attention(self.layernorm_before(values), attention_mask=bias)
+            values = values + self.drop_path(self.lambda_1 * self.dropout(seen))
+            return values + self.drop_path(self.lambda_2 * self.dropout(self.mlp(self.layernorm_after(values))))
+
+    return Biased
 
 
 def _blocks(model: Any) -> nn.ModuleList:

@@ -7,13 +7,13 @@ In a recipe::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from PIL import Image
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmrep.config import config
 from mmrep.hub.pretrained import locate
@@ -81,6 +81,10 @@ class HFImage(ImageEncoder):
         self.supports, self.native = trunk.supports, trunk.native
         self.patch: int | None = trunk.patch
 
+    @classmethod
+    def fit(cls, config: HFImageConfig, samples: Iterable[Any], folder: Path) -> None:
+        """Nothing: the checkpoint's processor knows its mean and deviation."""
+
     def fitted(self, picture: Image.Image, chosen: int | None) -> Any:
         """See `ImageEncoder.fitted`: by the processor, unless a view has chosen a size.
 
@@ -137,6 +141,10 @@ class HFImage(ImageEncoder):
         if not isinstance(self.trunk, ViTTrunk):
             return super().content(inputs)
         return Content(self._patches(inputs)) if self.native else self.trunk.content(self.normalize(inputs["pixels"]))
+
+    def layer_modules(self) -> list[nn.Module]:
+        """See `Encoder.layer_modules`: blocks, or the stages of networks whose layers cannot be asked for."""
+        return list(self.trunk.blocks())
 
     def save_files(self, folder: Path) -> None:
         """Write the model's own config.json and its processor's preprocessor_config.json."""

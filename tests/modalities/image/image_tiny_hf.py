@@ -67,6 +67,8 @@ def make(kind: str) -> tuple[Any, Any]:
             )),
             hf.Siglip2ImageProcessor(patch_size=4, max_num_patches=20),
         ),
+        "vit-msn": lambda: (hf.ViTMSNModel(hf.ViTMSNConfig(**VIT)), hf.ViTImageProcessor(**SQUARE)),
+        "ijepa": lambda: (hf.IJepaModel(hf.IJepaConfig(**VIT)), hf.ViTImageProcessor(**SQUARE)),
         "beit": lambda: (
             hf.BeitModel(hf.BeitConfig(**VIT, use_relative_position_bias=True, use_shared_relative_position_bias=True,
                                        use_mean_pooling=True)),
@@ -98,6 +100,17 @@ def make(kind: str) -> tuple[Any, Any]:
             hf.ResNetModel(hf.ResNetConfig(embedding_size=8, layer_type="basic", **STAGES)),
             hf.ConvNextImageProcessor(size={"shortest_edge": 40}),
         ),
+        "regnet": lambda: (
+            hf.RegNetModel(hf.RegNetConfig(embedding_size=8, groups_width=4, hidden_sizes=[16, 32], depths=[1, 1])),
+            hf.ConvNextImageProcessor(size={"shortest_edge": 40}),
+        ),
+        "bit": lambda: (
+            hf.BitModel(hf.BitConfig(embedding_size=8, num_groups=2, **STAGES)), hf.BitImageProcessor(**CROP)
+        ),
+        "efficientnet": lambda: (
+            hf.EfficientNetModel(hf.EfficientNetConfig(**{**ALIGN, "hidden_dim": 1280})),
+            hf.EfficientNetImageProcessor(size={"height": 40, "width": 40}),
+        ),
         "mobilenetv2": lambda: (
             hf.MobileNetV2Model(hf.MobileNetV2Config(depth_multiplier=0.1, finegrained_output=False)),
             hf.MobileNetV2ImageProcessor(size={"shortest_edge": 44}, crop_size={"height": 40, "width": 40}),
@@ -113,9 +126,10 @@ def make(kind: str) -> tuple[Any, Any]:
 
 VITS = ("vit", "vit-classifier", "deit", "dinov2", "dinov2-swiglu", "dinov2-registers", "dinov3", "clip",
         "clip-vision", "clip-projected", "metaclip2", "altclip", "chinese-clip", "siglip", "siglip2", "beit",
-        "beit-absolute")  # fmt: skip
+        "beit-absolute", "vit-msn", "ijepa")  # fmt: skip
+UNPOOLED = ("vit-classifier", "vit-msn", "ijepa")
 MAPS = ("swin", "swin-absolute", "swinv2", "convnext", "convnextv2", "dinov3-convnext", "resnet", "mobilenetv2",
-        "align")  # fmt: skip
+        "align", "regnet", "bit", "efficientnet")  # fmt: skip
 KINDS = (*VITS, *MAPS)
 
 
