@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmrep._encoder_subject import Subject, refuses, weighted_sum
+from mmrep.layers import parameter_layers
 from mmrep.tokens import Content, Encoding, Grid, Tokens, index_set
 
 
@@ -76,6 +77,27 @@ def layers(s: Subject) -> None:
     s.close(swapped[1], every.layers[0], f"layers=[{depth}, 1], the second")
     for wrong in (0, depth + 1):
         refuses(lambda number=wrong: s.encoder.encode(tokens, layers=[number]), str(depth))
+
+
+def blocks(s: Subject) -> None:
+    """Blocks are the layers: layer k depends on what comes before the layers and on the first k blocks alone."""
+    e = s.encoder
+    found, where = e.layer_modules(), parameter_layers(e)
+    named = {name: p for name, p in e.named_parameters() if p.requires_grad}
+    assert not found or set(named) <= set(where), f"without a layer: {sorted(set(named) - set(where))}"
+    if "layers" not in e.supports:
+        return
+    assert len(found) == e.depth, f"{len(found)} blocks and {e.depth} layers"
+    for number in {1, e.depth}:
+        (layer,) = e.encode(e.tokenize(s.inputs()), layers=[number]).layers
+        gradients = torch.autograd.grad(layer.float().sum(), list(named.values()), allow_unused=True)
+        reached = {name for name, gradient in zip(named, gradients, strict=True) if gradient is not None}
+        # Of some libraries' models the last layer is what the final norm gives.
+        late = sorted(name for name in reached if where[name] > number and not where[name] > e.depth == number)
+        assert not late, f"layer {number} depends on what is said to come after it: {late}"
+        for block in range(1, number + 1):
+            own = {name for name in named if where[name] == block}
+            assert not own or own & reached, f"layer {number} depends on nothing in block {block}"
 
 
 @torch.no_grad()
@@ -237,5 +259,5 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
 
 
 TOKEN_CHECKS: dict[str, Callable[[Subject], None]] = {
-    check.__name__: check for check in (keep, layers, content, mask_token)
+    check.__name__: check for check in (keep, layers, blocks, content, mask_token)
 }

@@ -26,7 +26,7 @@ def freeze_unused(model: Model) -> dict[str, list[str]]:
     frozen: dict[str, list[str]] = {}
     for name in model.towers:
         tower = model.tower(name)
-        if tower.config.frozen or not (unused := _unused(tower)):
+        if tower.frozen or not (unused := _unused(tower)):
             continue
         for parameter in unused.values():
             parameter.requires_grad_(False)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrep.data.batch import Batch
+from mmrep.model import Tower
 from mmrep.step import Step
 from mmrep.tokens import Content, Encoding, Inputs, Tokens
 from mmrep.views.view import Params
@@ -69,6 +70,10 @@ class CachedStep(Step):
     def features(self, field: str) -> Tensor:
         """See `Step.features`."""
         return torch.cat([self.part(number).features(field) for number in range(self.passes)])
+
+    def embedding_by(self, twin: Tower, field: str, view: int = 0) -> Tensor:
+        """See `Step.embedding_by`."""
+        return torch.cat([self.part(number).embedding_by(twin, field, view) for number in range(self.passes)])
 
     def taught_embedding(self, field: str, view: int = 0) -> Tensor:
         """See `Step.taught_embedding`."""

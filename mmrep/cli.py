@@ -62,7 +62,7 @@ def train(
 def _train(run: Run, folder: Path, resume: bool, command: str) -> None:
     from mmrep.training.engine import end_processes
 
-    results = run.train(resume=resume, command=command)
+    results = run.train(resume=resume, command=command, tell=lambda text: typer.echo(text, err=True))
     end_processes()
     if results:
         _show(results)
@@ -96,6 +96,39 @@ def bind(
 
 
 @app.command()
+def merge(
+    models: Annotated[list[str], typer.Argument(help="Saved models of one architecture: folders or hub ids.")],
+    out: Annotated[Path, typer.Option(help="Folder of the merged model; must not exist.")],
+    alpha: Annotated[
+        float | None, typer.Option(help="Of two models A B: (1 - alpha) A + alpha B. Default: the mean of all.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="What the models were tuned from: adds their task vectors.")] = None,
+    scale: Annotated[
+        list[float] | None,
+        typer.Option(help="With --base, of each model; may be repeated. Default: 1 / number."),
+    ] = None,
+) -> None:
+    """Merge models in the space of their weights: interpolation, the mean of several, or task vectors."""
+    from mmrep.finetune._command import merge as merged
+
+    typer.echo(merged(models, out, alpha=alpha, base=base, scale=scale or ()))
+
+
+@app.command()
+def sweep(
+    start: Annotated[str, typer.Argument(help="The model before fine-tuning.")],
+    run: Annotated[Path, typer.Argument(help="Run folder of the fine-tuned one; its recipe says what is measured.")],
+    names: Annotated[list[str] | None, typer.Argument(help="Which evaluations; default all of the recipe's.")] = None,
+    steps: Annotated[int, typer.Option(help="How many steps alpha makes from 0 to 1.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="Folder of sweep.html and sweep.json; default the run's.")] = None,
+) -> None:
+    """Measure every point between a model and its fine-tuned successor, and draw it."""
+    from mmrep.finetune._command import sweep as swept
+
+    typer.echo(swept(start, run, names or None, steps, out or run))
+
+
+@app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder.")],
     names: Annotated[list[str] | None, typer.Argument(help="Which evaluations; default all of the recipe's.")] = None,
@@ -120,12 +153,39 @@ def encode(
     """Embed files or texts into a .npy file."""
     import numpy as np
 
-    from mmrep.hub.folder import load
+    from mmrep.hub.load import load
 
     values: list[Any] = [line.rstrip("\n") for line in sys.stdin] if inputs == ["-"] else list(inputs)
     vectors = load(_model_folder(model)).encode(values, modality, batch_size=batch_size, truncate_dim=truncate_dim)
     np.save(out, np.asarray(vectors), allow_pickle=False)
     typer.echo(f"{len(values)} embeddings → {out}", err=True)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Whatever mmrep.load takes: a folder, a hub id, open_clip:model/tag, …")],
+    target: Annotated[str, typer.Argument(help="hf, sentence-transformers, open_clip or onnx.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    tower: Annotated[str | None, typer.Option(help="The only tower to write.")] = None,
+) -> None:
+    """Write a model in the layout of another library."""
+    from mmrep.hub.load import load
+
+    typer.echo(f"{model} → {load(_model_folder(model)).export(target, out, tower=tower)}", err=True)
+
+
+@app.command()
+def convert(
+    weights: Annotated[str, typer.Argument(help="File of weights (.pt, .pth, .bin), or package:name/file.")],
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    like: Annotated[
+        str | None, typer.Option(help="timm:name: take the tensors' names from this network, by their order.")
+    ] = None,
+) -> None:
+    """Write a torch file of weights as safetensors. Only tensors are read: nothing in the file is run."""
+    from mmrep.hub.torch_file import convert as write
+
+    typer.echo(f"{write(weights, out, like=like)} tensors → {out}", err=True)
 
 
 @app.command()

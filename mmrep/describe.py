@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mmrep.config import dump
-from mmrep.model import parameter_counts
+from mmrep.sizes import sizes
+from mmrep.training.optim import parameter_groups
 
 if TYPE_CHECKING:
     from mmrep.results import Results
@@ -28,15 +29,20 @@ _COUNTS = ("ties", "queries", "excluded", "items", "classes")
 
 
 def describe(run: Run) -> str:
-    """The resolved recipe, the shapes that flow, and the parameters of each tower. Nothing is trained or kept."""
+    """The resolved recipe, the shapes that flow, what each tower has and how fast it moves; nothing is kept."""
     recipe = run.recipe
-    model = run.untrained().eval()
+    model = run.untrained()
+    root = run.root(model)
+    groups = parameter_groups(
+        root, recipe.optim.weight_decay, recipe.optim.no_decay, layer_decay=recipe.optim.layer_decay,
+        groups=recipe.optim.groups,
+    )  # fmt: skip
+    model.eval()
     lines = [yaml.safe_dump(dump(recipe), sort_keys=False, allow_unicode=True).rstrip(), ""]
     source = run.train_source
     size = "a stream" if source.streaming else f"{len(source)} samples"
     lines.append(f"data.train: {size}, fields {', '.join(recipe.data.fields)}")
-    counts = parameter_counts(model)
-    for name, (total, trained) in counts.items():
+    for name in model.towers:
         tower = model.tower(name)
         items = [tower.encoder.prepare(raw) for raw in tower.encoder.examples(2, seed=0)]
         inputs = tower.encoder.collate(items)
@@ -44,13 +50,8 @@ def describe(run: Run) -> str:
             encoding = tower.encoding(inputs)
             out = tower.project(tower.pool(encoding))
         shapes = ", ".join(f"{k} {_shape(v)}" for k, v in inputs.items())
-        lines.append(
-            f"tower {name}: {shapes} → tokens {_shape(encoding.tokens.values)} → embedding {_shape(out)}; "
-            f"{total:,} parameters, {trained:,} trained"
-        )
-    total, trained = (sum(c[i] for c in counts.values()) for i in (0, 1))
-    lines.append(f"all towers: {total:,} parameters, {trained:,} trained")
-    return "\n".join(lines)
+        lines.append(f"tower {name}: {shapes} → tokens {_shape(encoding.tokens.values)} → embedding {_shape(out)}")
+    return "\n".join([*lines, *sizes(model, groups, recipe.optim.lr)])
 
 
 def results_table(results: Results) -> str:

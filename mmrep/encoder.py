@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mmrep.layers import stacked
 from mmrep.tokens import Content, Encoding, Inputs, Tokens
 from mmrep.views import View
 
@@ -165,6 +166,15 @@ class Encoder(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of this encoder's parameters of two or more dimensions that must not decay (position tables)."""
         return set()
+
+    def layer_modules(self) -> list[nn.Module]:
+        """The modules that its layers are, in order: layer k is what the k-th gives. Empty if there is no such thing.
+
+        It is what is counted in ``frozen`` and ``layer_decay``, recomputed by ``checkpointing`` and adapted by default.
+        A layer of several modules is an `nn.ModuleList` of them, in the order in which they run. The default finds
+        them: of all its lists of `depth` modules, that with the most parameters.
+        """
+        return stacked(self, self.depth)
 
     def check_request(self, keep: Tensor | None, layers: Sequence[int]) -> None:
         """Refuse what this encoder cannot do, naming encoders of the modality that can.

@@ -71,7 +71,12 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         config: towers, dimension, temperatures.
         files: per tower, the folder of what its encoder saved or learned (a tokenizer). An encoder that is given one
             builds from it alone and fetches no pretrained weights: they come from the saved state.
+
+    Attributes:
+        began: names in the state whose values are those of the saved model that a recipe starts from; None = no start.
     """
+
+    began: frozenset[str] | None = None
 
     def __init__(self, config: ModelConfig, *, files: Mapping[str, Path] | None = None) -> None:
         super().__init__()
@@ -205,6 +210,12 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         rows, columns = (F.normalize(torch.atleast_2d(torch.as_tensor(x).float()), dim=-1) for x in (a, b))
         return rows @ columns.T
 
+    def merged(self) -> Model:
+        """An equal model without adapters: see `mmrep.finetune.adapter.merged`."""
+        from mmrep.finetune.adapter import merged
+
+        return merged(self)
+
     def clamp_temperatures(self) -> None:
         """Apply every temperature's bounds; the trainer calls it after each optimizer step."""
         for name in self.temperatures:
@@ -227,6 +238,24 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         from mmrep.hub.folder import load
 
         return load(pretrained_model_name_or_path, **options)
+
+    def export(self, target: str, folder: str | Path, *, tower: str | None = None) -> Path:
+        """Write the model in the layout of another library.
+
+        Args:
+            target: ``hf`` (transformers), ``sentence-transformers``, ``open_clip`` or ``onnx``.
+            folder: absent or empty.
+            tower: the only one to write; None = all, where the target has room for them.
+
+        Returns:
+            The folder.
+
+        Raises:
+            ExportError: the target cannot express this model; the message names the part.
+        """
+        from mmrep.hub.exports.export import export
+
+        return export(self, target, folder, tower=tower)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The README.md of a saved model."""

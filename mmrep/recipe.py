@@ -18,6 +18,7 @@ from pydantic import Field
 from mmrep._recipe_files import recipe_names, recipe_text, resolve
 from mmrep.collapse import CollapseConfig
 from mmrep.config import Component, ConfigError, Of, config, dump, merge, override, parse
+from mmrep.guard import GuardConfig
 from mmrep.hub.start import saved_config
 from mmrep.methods import MethodClaim
 from mmrep.model import ModelConfig
@@ -28,7 +29,8 @@ from mmrep.training.trainer import TrainConfig
 
 __all__ = ["DataConfig", "Recipe", "read_recipe", "recipe_json", "recipe_names", "recipe_text", "write_recipe"]
 
-SMOKE = {"train": {"steps": 4, "epochs": None, "batch_size": 16, "workers": 0, "eval_every": None, "log_every": 1}}
+SMOKE = {"train": {"steps": 4, "epochs": None, "batch_size": 16, "workers": 0, "eval_every": None, "log_every": 1},
+         "guard": None}  # fmt: skip
 """What ``--smoke`` lays over any recipe; sources are cut to `SMOKE_SAMPLES` as well."""
 SMOKE_SAMPLES = 48
 
@@ -88,7 +90,8 @@ class Recipe:
 
     about: one line on what it is. methods: which published methods it is, for `mmrep methods`. evaluations: what is
     measured at the end, by name. monitor: which of them also run
-    every ``train.eval_every`` steps; they should read validation data, never the test. average: decay of a moving
+    every ``train.eval_every`` steps; they should read validation data, never the test. guard: one of them that must not
+    fall, or the run ends. average: decay of a moving
     average of the weights, which is then what is evaluated and saved. start: a saved model (folder or hub id) to begin
     from: towers, temperatures and fusions of its names begin with its weights, and what ``model`` does not say of them
     is taken from it, so that ``model`` need only name what is new or differs.
@@ -104,6 +107,7 @@ class Recipe:
     average: Annotated[float, Field(gt=0, lt=1)] | None = None
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     collapse: CollapseConfig | None = field(default_factory=CollapseConfig)
+    guard: GuardConfig | None = None
     start: str | None = None
     about: str = ""
     methods: list[MethodClaim] = field(default_factory=list[MethodClaim])
@@ -135,13 +139,20 @@ class Recipe:
                     f"monitor: unknown {name!r}{near(name, self.evaluations)} "
                     f"Evaluations: {', '.join(self.evaluations)}"
                 )
+        if self.guard is not None:
+            if self.guard.evaluation not in self.evaluations:
+                hint = f"{near(self.guard.evaluation, self.evaluations)} Evaluations: {', '.join(self.evaluations)}"
+                problems.append(f"guard.evaluation: unknown {self.guard.evaluation!r}{hint}")
+            if self.train.eval_every is None:
+                problems.append("guard: it looks every train.eval_every steps, which is null")
         for name, chosen in self.evaluations.items():
-            source = getattr(chosen.config, "data", None)
-            if source is not None and source not in self.data.evaluation:
-                problems.append(
-                    f"evaluations.{name}.data: unknown {source!r}{near(source, self.data.evaluation)} "
-                    f"data.evaluation has: {', '.join(self.data.evaluation) or 'nothing'}"
-                )
+            for key in ("data", "train"):
+                source = getattr(chosen.config, key, None)
+                if source is not None and source not in self.data.evaluation:
+                    problems.append(
+                        f"evaluations.{name}.{key}: unknown {source!r}{near(source, self.data.evaluation)} "
+                        f"data.evaluation has: {', '.join(self.data.evaluation) or 'nothing'}"
+                    )
         if problems:
             raise ConfigError(problems)
 

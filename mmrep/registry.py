@@ -170,6 +170,7 @@ projectors = Registry("mmrep.projectors", "projector")
 losses = Registry("mmrep.losses", "loss")
 tuple_losses = Registry("mmrep.tuple_losses", "tuple loss")
 fusions = Registry("mmrep.fusions", "fusion")
+adapters = Registry("mmrep.adapters", "adapter")
 view_losses = Registry("mmrep.view_losses", "loss of views")
 masks = Registry("mmrep.masks", "mask")
 targets = Registry("mmrep.targets", "target")
@@ -179,6 +180,7 @@ views = Registry("mmrep.views", "view")
 sources = Registry("mmrep.sources", "data source")
 evaluations = Registry("mmrep.evaluations", "evaluation")
 bridges = Registry("mmrep.bridges", "bridge")
+exports = Registry("mmrep.exports", "export target")
 
 REGISTRIES: dict[str, Registry] = {
     registry.group.removeprefix("mmrep."): registry
@@ -187,6 +189,7 @@ REGISTRIES: dict[str, Registry] = {
         pools,
         projectors,
         fusions,
+        adapters,
         losses,
         tuple_losses,
         view_losses,

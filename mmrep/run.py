@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
@@ -32,6 +32,7 @@ from mmrep.embed.store import FeatureStore
 from mmrep.evaluate._errands import Errands
 from mmrep.evaluate.encoded import EncodedSet, encode_source, encode_together
 from mmrep.evaluate.evaluation import Bench, Row
+from mmrep.guard import Guard
 from mmrep.hub.folder import load
 from mmrep.hub.start import Start
 from mmrep.model import Model
@@ -40,6 +41,8 @@ from mmrep.objectives.root import Root
 from mmrep.recipe import SMOKE_SAMPLES, Recipe, read_recipe
 from mmrep.registry import near
 from mmrep.results import Results, results_markdown
+from mmrep.sizes import sizes
+from mmrep.step import FieldViews
 from mmrep.training.collectives import world
 from mmrep.training.engine import barrier, share_buffers, start_processes, whole
 from mmrep.training.roll_call import accounted
@@ -167,12 +170,13 @@ class Run:
             errands.done()
         return results
 
-    def train(self, *, resume: bool = False, command: str = "") -> Results:
+    def train(self, *, resume: bool = False, command: str = "", tell: Callable[[str], None] | None = None) -> Results:
         """Train, save the model, evaluate. Every process of a launch calls it.
 
         Args:
             resume: continue from the newest whole checkpoint of the folder, if there is one.
             command: what was typed, for the model card.
+            tell: called before the first step, on the first process, with the sizes and learning rates of the run.
 
         Returns:
             The evaluation results (empty on all processes but the first).
@@ -183,9 +187,9 @@ class Run:
         assert self.folder is not None, "training writes a run folder"
         start_processes()
         with accounted(lambda: self._where()):
-            return self._train(resume, command)
+            return self._train(resume, command, tell)
 
-    def _train(self, resume: bool, command: str) -> Results:
+    def _train(self, resume: bool, command: str, tell: Callable[[str], None] | None) -> Results:
         assert self.folder is not None
         recipe, here = self.recipe, world()
         _ = self._start  # what it refuses is refused before anything is written
@@ -193,15 +197,9 @@ class Run:
             claim(self.folder, recipe, resume=resume)
         barrier()
         model = self.untrained()
-        freeze_unused(model)
-        views: dict[str, list[View | None]] = {f: [v.build() for v in vs] for f, vs in recipe.data.views.items()}
-        with _seeded(recipe.train.seed):  # objectives may have weights too
-            root = Root(
-                model, recipe.objectives, fields=recipe.data.fields, views=views, average=recipe.average,
-                memo=self._memo(self.folder, here.rank), teacher=recipe.teacher,
-            )  # fmt: skip
+        root = self.root(model, memo=self._memo(self.folder, here.rank))
         root.fit(self.samples)
-        loader = self._loader(model, views, raw=root.raw, rank=here.rank, size=here.size)
+        loader = self._loader(model, root.views, raw=root.raw, rank=here.rank, size=here.size)
         # A small set is judged after its first pass, a large one after a thousand samples.
         enough = 1000 if self.train_source.streaming else min(1000, len(self.train_source) // here.size)
         quarantine = Quarantine(self.folder, limit=recipe.data.max_bad, minimum=enough, processes=here.size)
@@ -209,6 +207,8 @@ class Run:
             root, loader, train=recipe.train, optim=recipe.optim, folder=self.folder,
             on_quarantined=quarantine.add, callbacks=self._callbacks(root),
         )  # fmt: skip
+        if tell is not None and here.rank == 0:
+            tell("\n".join(sizes(model, trainer.optimizer.param_groups, recipe.optim.lr)))
         self._where = lambda: f"step {trainer.step + 1}"
         trainer.fit(resume=resume)
         loader.close()
@@ -234,6 +234,22 @@ class Run:
         barrier()
         return results
 
+    def root(self, model: Model, memo: Memo | None = None) -> Root:
+        """Model and objectives as they are trained; what no objective reads has no gradient any more.
+
+        Args:
+            model: the untrained one.
+            memo: of the features of frozen towers; None = one in memory.
+        """
+        recipe = self.recipe
+        freeze_unused(model)
+        views: dict[str, list[View | None]] = {f: [v.build() for v in vs] for f, vs in recipe.data.views.items()}
+        with _seeded(recipe.train.seed):  # objectives may have weights too
+            return Root(
+                model, recipe.objectives, fields=recipe.data.fields, views=views, average=recipe.average, memo=memo,
+                teacher=recipe.teacher,
+            )  # fmt: skip
+
     @contextmanager
     def trained(self, root: Root) -> Iterator[Model]:
         """The model as it is evaluated and saved: averaged, whole and equal on all processes, which all call this."""
@@ -249,10 +265,11 @@ class Run:
 
     def _callbacks(self, root: Root) -> list[Callback]:
         watch = [] if self.recipe.collapse is None else [CollapseWatch(self.recipe.collapse, root)]
-        return [*watch, *([Monitor(self, root)] if self.recipe.monitor else [])]
+        monitor = [Monitor(self, root)] if self.recipe.monitor else []
+        return [*watch, *monitor, *([] if self.recipe.guard is None else [Guard(self.recipe.guard, self, root)])]
 
     def _loader(
-        self, model: Model, views: Mapping[str, list[View | None]], *, raw: Collection[str] = (), rank: int, size: int
+        self, model: Model, views: FieldViews, *, raw: Collection[str] = (), rank: int, size: int
     ) -> BatchLoader:
         recipe, data = self.recipe, self.recipe.data
         encoders = {field: model.tower(tower).encoder for field, tower in recipe.data.fields.items()}
@@ -260,7 +277,7 @@ class Run:
         # A view that only chooses among sample values (a caption of many) keeps that true: content is the key.
         memoised = {
             field for field, tower in recipe.data.fields.items()
-            if model.tower(tower).config.frozen and field not in raw
+            if model.tower(tower).frozen and field not in raw
             and not any(_on_device(v) for v in views.get(field, ()))
         }  # fmt: skip
         reader = Reader(

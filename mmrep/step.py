@@ -34,6 +34,7 @@ class Step:
         memo: features of frozen towers, kept by content.
         teacher: averages of the modules that some objective asked for; None = none did.
         clock: where the run is.
+        guests: towers by field that belong to an objective and not to the model; see `Objective.guests`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Step:
         memo: Memo,
         teacher: Teacher | None = None,
         clock: Clock | None = None,
+        guests: Mapping[str, Tower] | None = None,
     ) -> None:
         self.model = model
         self.batch = batch
@@ -55,6 +57,7 @@ class Step:
         self._views = views
         self._memo = memo
         self._teacher = teacher
+        self._guests = guests or {}
         self.clock = clock or Clock()
         self._tokens: dict[tuple[str, int], Tokens] = {}
         self._contents: dict[tuple[str, int], Content] = {}
@@ -84,6 +87,8 @@ class Step:
 
     def tower(self, field: str) -> Tower:
         """The tower that reads ``field``."""
+        if field in self._guests:
+            return self._guests[field]
         if field not in self._fields:
             raise UnknownNameError(
                 f"unknown field {field!r}{near(field, self._fields)} Known: {', '.join(self._fields)}"
@@ -218,6 +223,24 @@ class Step:
             self._embeddings[key] = self._embed(field, view)
         return self._embeddings[key]
 
+    @torch.no_grad()
+    def embedding_by(self, twin: Tower, field: str, view: int = 0) -> Tensor:
+        """What a twin of the field's tower makes of the same inputs, without gradient: [B, dim]; absent rows are zero.
+
+        Args:
+            twin: a copy of the tower; where the tower is frozen it has the same encoder and pool, whose features are
+                kept.
+            field: of the batch.
+            view: which reading.
+        """
+        if field in self.batch.items:
+            found = twin.project(self.features(field)[self.present(field)])
+        elif field in self.batch.inputs:
+            found = twin(self.inputs(field, view))
+        else:
+            found = torch.zeros(0, twin.dim, dtype=_dtype(twin), device=self.model.device)
+        return self._spread(field, found, twin.dim)
+
     def _fuse(self, name: str) -> Tensor:
         """The embedding of a fusion. All its weights are in the graph, also where nothing is present: fusions mask."""
         if name not in self._fused:
@@ -232,7 +255,10 @@ class Step:
         The embeddings asked for so far, by field (``field.view`` past the first); pooled features, with ``/pooled``;
         and the mean token of what the teacher encoded, with ``/teacher``: targets all alike are easy to predict.
         """
-        found = {_named(*key): embedding.detach()[self.present(key[0])] for key, embedding in self._embeddings.items()}
+        found = {
+            _named(*key): embedding.detach()[self.present(key[0])]
+            for key, embedding in self._embeddings.items() if key[0] not in self._guests
+        }  # fmt: skip
         for key, features in self._pooled.items():
             found[f"{_named(*key)}/pooled"] = features.detach()[self.present(key[0])]
         for (field, view, _), encoding in self._taught.items():

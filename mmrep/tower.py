@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from mmrep.config import Component, Of, component, config
 from mmrep.encoder import Encoder
+from mmrep.finetune.adapter import Adapter
+from mmrep.finetune.freeze import Frozen, freeze
 from mmrep.tokens import Encoding, Inputs
 
 
@@ -20,14 +22,25 @@ from mmrep.tokens import Encoding, Inputs
 class TowerConfig:
     """Encoder → pool → projector.
 
-    frozen: what gets no gradient and stays in eval mode. True: the encoder and the pool, while the projector trains;
-    ``"tower"``: the projector too, so that the embeddings stay what they are to the last bit.
+    frozen: what gets no gradient. True: the encoder and the pool, while the projector trains. ``"tower"``: the
+    projector too, so that the embeddings stay what they are to the last bit. A number k: what comes before the
+    encoder's layers, and the first k of them. A list: patterns of parameter names relative to the tower
+    (``encoder.*``, ``*.attention.*``), ``*`` matches any part; a pattern with ``!`` in front takes out again what those
+    before it have frozen. A module whose parameters are all frozen stays in eval mode.
     """
 
     encoder: Annotated[Component, Of("encoders")]
     pool: Annotated[Component, Of("pools")] = field(default_factory=lambda: component("pools", "mean"))
     projector: Annotated[Component, Of("projectors")] = field(default_factory=lambda: component("projectors", "linear"))
-    frozen: bool | Literal["tower"] = False
+    frozen: Frozen = False
+    adapter: Annotated[Component | None, Of("adapters")] = None
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None and self.frozen is True:
+            raise ValueError(
+                "frozen: true would keep the adapter from training, as it is inside the encoder. Leave it out, since "
+                "the encoder's own weights rest anyway; frozen: tower keeps everything as it is"
+            )
 
 
 class Tower(nn.Module):
@@ -35,7 +48,7 @@ class Tower(nn.Module):
 
     def __init__(self, config: TowerConfig, dim: int, *, normalize: bool = True, files: Path | None = None) -> None:
         super().__init__()
-        self.config = config
+        self._resting: list[nn.Module] = []
         self.dim = dim
         self.normalize = normalize
         self.encoder: Encoder = config.encoder.build(files=files)
@@ -43,10 +56,30 @@ class Tower(nn.Module):
         width = self.encoder.pooled_width if native else self.encoder.width
         self.pool = config.pool.build(width)
         self.projector = config.projector.build(width, dim)
-        if config.frozen:
-            for part in self._frozen_parts():
-                part.requires_grad_(False)
-            self.train(self.training)
+        self.adapter: Adapter | None = None if config.adapter is None else config.adapter.build()
+        # Without an adapter; an encoder may keep parts of its own from training.
+        self.trained_alone = {name for name, p in self.named_parameters() if p.requires_grad}
+        if self.adapter is not None:
+            self.adapter.apply(self.encoder)
+        self.configure(config)
+
+    def configure(self, config: TowerConfig) -> None:
+        """Take the gradient from what ``config.frozen`` names; ``config`` is from now on the tower's.
+
+        Raises:
+            ValueError: more layers than there are, or a pattern that matches nothing.
+        """
+        self.config = config
+        touched = config.frozen is not False or config.adapter is not None
+        self._resting = freeze(self, config.frozen) if touched else []  # a plain list: they are parts of it already
+        learns = any(p.requires_grad for part in (self.encoder, self.pool) for p in part.parameters())
+        self._frozen = config.frozen is not False and not learns
+        self.train(self.training)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether encoder and pool are frozen whole, so that the features of an input never change."""
+        return self._frozen
 
     @property
     def modality(self) -> str:
@@ -56,14 +89,9 @@ class Tower(nn.Module):
     def train(self, mode: bool = True) -> Tower:
         """Switch training mode; frozen parts stay in eval mode, so that their dropout and statistics rest."""
         super().train(mode)
-        for part in self._frozen_parts():
+        for part in self._resting:
             part.eval()
         return self
-
-    def _frozen_parts(self) -> list[nn.Module]:
-        if not self.config.frozen:
-            return []
-        return [self.encoder, self.pool, *([self.projector] if self.config.frozen == "tower" else [])]
 
     def encoding(self, inputs: Inputs, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """The encoder's tokens."""

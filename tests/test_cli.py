@@ -53,7 +53,20 @@ def run_folder(world):
 
 def test_help_is_quick_and_names_every_command(mmrep):
     text = mmrep("--help")
-    for command in ("train", "encode", "evaluate", "index", "search", "report", "list", "cp", "check", "env"):
+    for command in (
+        "train",
+        "merge",
+        "sweep",
+        "encode",
+        "evaluate",
+        "index",
+        "search",
+        "report",
+        "list",
+        "cp",
+        "check",
+        "env",
+    ):
         assert f"\n  {command} " in text
 
 

@@ -93,6 +93,8 @@ def test_overrides_and_smoke_lie_over_the_file(write):
         ({"data": {**BASE["data"], "fields": {"x": "image", "y": "b"}}}, r"data\.fields\.x: no tower 'image'"),
         ({"data": {**BASE["data"], "views": {"xx": ["image-augment"]}}}, r"views\.xx: unknown field; did you mean 'x'"),
         ({"evaluations": {"e": {"type": "retrieval", "data": "tset", "between": ["x", "y"]}}}, "unknown 'tset'"),
+        ({"evaluations": {"e": {"type": "knn", "data": "test", "field": "x", "train": "known"}}},
+         r"evaluations\.e\.train: unknown 'known'"),
         ({"monitor": ["e"]}, "monitor: unknown 'e'"),
         ({"train": {"steps": 3, "epochs": 1}}, "exactly one of steps and epochs"),
         ({"trian": {}}, "trian: unknown; did you mean 'train'"),

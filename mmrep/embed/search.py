@@ -19,7 +19,8 @@ from mmrep.data.sample import Quarantined, Sample
 from mmrep.data.source import Source
 from mmrep.embed.index import Hit, Index
 from mmrep.evaluate.encoded import encode_source
-from mmrep.hub.folder import fingerprint, load
+from mmrep.hub.folder import fingerprint
+from mmrep.hub.load import load
 from mmrep.model import Model
 
 INDEX = "index"

@@ -90,6 +90,8 @@ def tower_digest(tower: Tower) -> str:
     """32 hexadecimal digits that identify what a tower's pooled features depend on beside its prepared input."""
     digest = blake2b(digest_size=16)
     parts = {"encoder": dump(tower.config.encoder), "pool": dump(tower.config.pool)}
+    if tower.config.adapter is not None:  # its weights are in the encoder's state, its alpha is not
+        parts["adapter"] = dump(tower.config.adapter)
     digest.update(json.dumps(parts, sort_keys=True).encode())
     for module in (tower.encoder, tower.pool):
         for name, value in sorted(module.state_dict().items()):

@@ -139,13 +139,16 @@ class KNN(Evaluation):
     class Config:
         """data: held-out labelled source. field: what is classified. k: neighbours. temperature: of their weights.
 
-        standardize: every dimension first, by the training items' mean and deviation; see `knn_metrics`.
+        train: the source of ``data.evaluation`` whose items and labels are known; None = ``data.train``. It is named
+        where the run learned from more than what has a label. standardize: every dimension first, by the training
+        items' mean and deviation; see `knn_metrics`.
         baselines: ``untrained``, the model before training. per_class: use only so many training labels of each class,
         drawn by a hash of the sample's id; None = all.
         """
 
         data: str
         field: str
+        train: str | None = None
         baselines: tuple[Literal["untrained"], ...] = ()
         per_class: Annotated[int, Field(ge=1)] | None = None
         k: Annotated[int, Field(ge=1)] = 20
@@ -170,10 +173,15 @@ class LinearProbe(Evaluation):
 
     @config
     class Config:
-        """data: held-out labelled source. field: what is classified. baselines, per_class: as of ``knn``."""
+        """data: held-out labelled source. field: what is classified. train, baselines, per_class: as of ``knn``.
+
+        A class of which one training item is known is left out, since none could be held out to choose the strength:
+        its test items count as missed.
+        """
 
         data: str
         field: str
+        train: str | None = None
         baselines: tuple[Literal["untrained"], ...] = ()
         per_class: Annotated[int, Field(ge=2)] | None = None
 
@@ -181,7 +189,13 @@ class LinearProbe(Evaluation):
 
     def run(self, bench: Bench) -> list[Row]:
         """Rows for the model, the baselines and the majority class."""
-        return _classified(bench, self.config, linear_probe)
+        return _classified(bench, self.config, _probe)
+
+
+def _probe(x: np.ndarray, labels: list[str], y: np.ndarray, answers: list[str]) -> dict[str, float]:
+    counts = Counter(labels)
+    kept = [i for i, label in enumerate(labels) if counts[label] > 1]
+    return linear_probe(x[kept], [labels[i] for i in kept], y, answers)
 
 
 def _labels(encoded: EncodedSet) -> tuple[np.ndarray, list[str]]:
@@ -199,10 +213,12 @@ def _labels(encoded: EncodedSet) -> tuple[np.ndarray, list[str]]:
 
 def _classified(bench: Bench, config: Any, measure: Callable[..., dict[str, float]]) -> list[Row]:
     """Rows of a classifier of embeddings: the model's, the untrained model's if asked for, and the majority class."""
-    rows = [{"who": "model", **measure(*_split(bench.encoded_train(), bench.encoded(config.data), config))}]
+    own = config.train is None
+    known = bench.encoded_train() if own else bench.encoded(config.train)
+    rows = [{"who": "model", **measure(*_split(known, bench.encoded(config.data), config))}]
     if "untrained" in config.baselines:
-        sides = bench.encoded_train_untrained(), bench.encoded_untrained(config.data)
-        rows.append({"who": "untrained", **measure(*_split(*sides, config))})
+        known = bench.encoded_train_untrained() if own else bench.encoded_untrained(config.train)
+        rows.append({"who": "untrained", **measure(*_split(known, bench.encoded_untrained(config.data), config))})
     majority = [row.pop("majority") for row in rows]
     return [*rows, {"who": "majority class", "accuracy": majority[0]}]
 

@@ -67,7 +67,7 @@ class MaskedConfig(ObjectiveConfig):
 
 def check_tower(config: MaskedConfig, tower: Tower, name: str) -> None:
     """Refuse, with a ValueError, a tower called ``name`` that cannot be trained like this."""
-    if tower.config.frozen:
+    if tower.frozen:
         raise ValueError(f"tower {name!r} is frozen: nothing would learn from its hidden tokens")
     needs = {"visible": ["drop_tokens"], "mask-token": ["mask_token"], "unplaced": ["drop_tokens", "mask_token"]}
     for need in needs[config.input] if config.mask is not None else ["tokens"]:

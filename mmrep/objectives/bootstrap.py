@@ -158,7 +158,7 @@ def _problems(config: BootstrapConfig, model: Model, fields: dict[str, str]) -> 
     for name in config.fields:
         if name not in fields:
             yield f"fields: unknown {name!r}{near(name, fields)} Fields: {', '.join(fields)}"
-        elif model.tower(fields[name]).config.frozen:
+        elif model.tower(fields[name]).frozen:
             yield f"fields: tower {fields[name]!r} of {name!r} is frozen: it has no views to learn from"
     for what, values in (("fields", config.fields), ("views", config.views)):
         if len(set(values)) < len(values):

@@ -77,7 +77,7 @@ class Contrastive(Objective):
         if pair.soft is not None and not unknown:
             if not self.loss.takes_soft:
                 yield f"loss {loss!r} takes no soft targets; use info-nce, or leave `soft` out"
-            if pair.soft in model.fusions or not model.tower(fields[pair.soft]).config.frozen:
+            if pair.soft in model.fusions or not model.tower(fields[pair.soft]).frozen:
                 yield f"soft: the tower of {pair.soft!r} must be frozen, or the targets would move with the training"
 
     def forward(self, step: Step) -> dict[str, Tensor]:

@@ -233,7 +233,7 @@ def _problems(config: DINOConfig, model: Model, fields: dict[str, str]) -> Itera
         yield f"field: unknown {config.field!r}{near(config.field, fields)} Fields: {', '.join(fields)}"
         return
     tower = model.tower(fields[config.field])
-    if tower.config.frozen:
+    if tower.frozen:
         yield f"field: tower {fields[config.field]!r} is frozen: it would not learn from its views"
     views = [*config.globals, *config.locals]
     if len(set(views)) < len(views):

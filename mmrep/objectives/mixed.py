@@ -65,7 +65,7 @@ class Mixed(Objective):
             hint = near(config.field, fields)
             raise ConfigError([f"objectives.mixed.field: unknown {config.field!r}{hint} Fields: {', '.join(fields)}"])
         tower = model.tower(fields[config.field])
-        if tower.config.frozen:
+        if tower.frozen:
             raise ConfigError([f"objectives.mixed: tower {fields[config.field]!r} is frozen: nothing would learn"])
         if missing := {"mask_token", "content"} - tower.encoder.supports:
             raise ConfigError([f"objectives.mixed: {unsupported(tower.encoder, min(missing))}"])

@@ -76,7 +76,7 @@ class Replaced(Objective):
         tower = model.tower(fields[config.field])
         encoder = tower.encoder
         problems: list[str] = []
-        if tower.config.frozen:
+        if tower.frozen:
             problems.append(f"tower {fields[config.field]!r} is frozen: it would learn nothing")
         vocabulary = None
         if not {"mask_token", "content"} <= encoder.supports:

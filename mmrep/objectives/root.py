@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mmrep.cached import CachedStep
-from mmrep.config import Component
+from mmrep.checkpointing import checkpoint_blocks
+from mmrep.config import Component, ConfigError
 from mmrep.data.batch import Batch
 from mmrep.embed.memo import Memo
 from mmrep.model import Model
@@ -112,11 +113,24 @@ class Root(nn.Module):
         for objective in self.objectives.values():
             cast(Objective, objective).fit(samples)
 
+    def checkpoint_encoders(self) -> None:
+        """Compute the blocks of every encoder that trains again in the backward pass: see `mmrep.checkpointing`.
+
+        Raises:
+            ConfigError: none of them has blocks.
+        """
+        trained = {name: t for name in self.model.towers if not (t := self.model.tower(name)).frozen}
+        without = [name for name, tower in trained.items() if not checkpoint_blocks(tower.encoder)]
+        if len(without) == len(trained):
+            raise ConfigError(["train.checkpointing: no encoder that trains has blocks that can be computed again"])
+        for name in without:
+            logger.warning("tower %s: no blocks that can be computed again; its activations are kept", name)
+
     def compile_encoders(self) -> None:
         """Compile every trained encoder's forward pass, in place: names in checkpoints stay as they are."""
         for name in self.model.towers:
             tower = self.model.tower(name)
-            if not tower.config.frozen:
+            if not tower.frozen:
                 tower.encoder.compile()
 
     def averaged(self) -> AbstractContextManager[None]:

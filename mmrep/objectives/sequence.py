@@ -127,7 +127,7 @@ def _problems(config: SequenceConfig, model: Model, fields: dict[str, str]) -> I
     if config.field not in fields:
         yield f"field: unknown {config.field!r}{near(config.field, fields)} Fields: {', '.join(fields)}"
         return
-    if model.tower(fields[config.field]).config.frozen:
+    if model.tower(fields[config.field]).frozen:
         yield f"field: tower {fields[config.field]!r} of {config.field!r} is frozen: it has no views to learn from"
     if len(set(config.views)) < len(config.views):
         yield f"views: {list(config.views)} names one twice"

@@ -18,6 +18,8 @@ _POINTS = 600
 _MOVING = 40
 """From so many points on, a noisy curve is drawn beside its moving average."""
 _MAX_LINES = 8
+_TELLING = ("R@5", "R@1", "accuracy")
+"""Of an evaluation's figures, the first of these that it has is drawn."""
 _BOOKKEEPING = {"step", "epoch", "seconds", "samples"}
 
 # matplotlib writes colours as hexadecimal numbers; these stand for the page's CSS variables.
@@ -72,6 +74,16 @@ def training_charts(metrics: Sequence[Mapping[str, Any]], evaluations: Mapping[s
     return [chart for chart in charts if chart is not None]
 
 
+def telling(figures: Sequence[str]) -> str:
+    """The figure of an evaluation that is drawn where one must do."""
+    return next((figure for figure in _TELLING if figure in figures), figures[0])
+
+
+def line_chart(title: str, lines: Sequence[Line], key: str, *, x: str = "step") -> Chart | None:
+    """Lines over ``x``, which ``Line.steps`` then are; None if there are no lines. ``key`` is one in a page."""
+    return _draw(title, lines, key, (), x)
+
+
 def _held_out(lines: Mapping[str, Line], evaluations: Mapping[str, Mapping[str, Any]]) -> list[Chart | None]:
     """One chart per evaluation: its most telling figure, in every direction, beside chance."""
     found: dict[str, dict[tuple[str, str], Line]] = {}
@@ -81,7 +93,7 @@ def _held_out(lines: Mapping[str, Line], evaluations: Mapping[str, Mapping[str, 
     charts: list[Chart | None] = []
     for number, (name, by_figure) in enumerate(found.items()):
         figures = list(dict.fromkeys(figure for _, figure in by_figure))
-        figure = next((f for f in ("R@5", "R@1", "accuracy") if f in figures), figures[0])
+        figure = telling(figures)
         chosen = {direction: line for (direction, f), line in by_figure.items() if f == figure}
         curves = [Line(direction or figure, line.steps, line.values) for direction, line in chosen.items()]
         levels = {
@@ -107,20 +119,22 @@ def _line(name: str, metrics: Sequence[Mapping[str, Any]]) -> Line | None:
     return Line(name, tuple(step for step, _ in points), tuple(value for _, value in points))
 
 
-def _draw(title: str, lines: Sequence[Line], key: str, metrics: Sequence[Mapping[str, Any]]) -> Chart | None:
+def _draw(
+    title: str, lines: Sequence[Line], key: str, metrics: Sequence[Mapping[str, Any]], x: str = "step"
+) -> Chart | None:
     """Draw lines over steps; ``key`` makes the SVG's ids its own."""
     if not lines:
         return None
     left_out = len(lines[_MAX_LINES:])
     lines = lines[:_MAX_LINES]
-    summary = "; ".join(_words(line) for line in lines)
+    summary = "; ".join(_words(line, x) for line in lines)
     bad = sum(line.name in row and _not_finite(row[line.name]) for row in metrics for line in lines)
     summary += f"; {bad} values are not finite and are left out" if bad else ""
     summary += f"; {left_out} more are not drawn" if left_out else ""
-    return Chart(clean(title), _svg(lines, key), clean(summary) + ".")
+    return Chart(clean(title), _svg(lines, key, x), clean(summary) + ".")
 
 
-def _svg(lines: Sequence[Line], key: str) -> str:
+def _svg(lines: Sequence[Line], key: str, x: str) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -147,7 +161,7 @@ def _svg(lines: Sequence[Line], key: str) -> str:
             else:
                 axes.plot(steps, values, color=color, linewidth=0.8, alpha=0.35)
                 axes.plot(steps, _moving_average(values), color=color, linestyle=dash, linewidth=1.8, label=label)
-        axes.set_xlabel("step")
+        axes.set_xlabel(x)
         axes.margins(x=0.02)
         if len(lines) > 1:
             axes.legend(loc="best", labelcolor=_INK, handlelength=2.4)
@@ -193,13 +207,19 @@ def _moving_average(values: np.ndarray) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def _words(line: Line) -> str:
+def _words(line: Line, x: str) -> str:
     if line.flat:
         return f"{line.name} {_short(line.values[0])}"
     first, last = (line.steps[0], line.values[0]), (line.steps[-1], line.values[-1])
     if len(line.values) == 1:
-        return f"{line.name} {_short(first[1])} at step {first[0]:.0f}"
-    return f"{line.name} from {_short(first[1])} at step {first[0]:.0f} to {_short(last[1])} at step {last[0]:.0f}"
+        return f"{line.name} {_short(first[1])} at {x} {_place(first[0])}"
+    return (
+        f"{line.name} from {_short(first[1])} at {x} {_place(first[0])} to {_short(last[1])} at {x} {_place(last[0])}"
+    )
+
+
+def _place(value: float) -> str:
+    return f"{value:.0f}" if value == round(value) else f"{value:g}"
 
 
 def _short(value: float) -> str:

@@ -25,9 +25,11 @@ class TrainConfig:
     memory of one, with the gradient of the whole (see `mmrep.cached`). precision: ``auto`` is bf16 where the hardware
     multiplies it, else fp32; weights stay fp32. seed: of everything random. log_every, save_every, eval_every: in
     steps; null = only at the end (eval: never). keep: how many checkpoints stay. workers: loader processes.
-    channels_last: memory format of convolutions. compile: compile the encoders' forward passes with torch.compile (the
-    first steps then take minutes). deterministic: refuse kernels that are not reproducible. max_skipped: so many steps
-    of a run may have a loss or gradient that is not finite; they are skipped and counted, and one more stops the run.
+    channels_last: memory format of convolutions. checkpointing: keep of each block of an encoder its input alone and
+    compute the rest again in the backward pass, for much less memory and about a third more time. compile: compile the
+    encoders' forward passes with torch.compile (the first steps then take minutes). deterministic: refuse kernels that
+    are not reproducible. max_skipped: so many steps of a run may have a loss or gradient that is not finite; they are
+    skipped and counted, and one more stops the run.
     """
 
     steps: Annotated[int, Field(ge=1)] | None = None
@@ -42,6 +44,7 @@ class TrainConfig:
     keep: Annotated[int, Field(ge=1)] = 3
     workers: Annotated[int, Field(ge=0)] = 2
     channels_last: bool = False
+    checkpointing: bool = False
     compile: bool = False
     deterministic: bool = False
     max_skipped: Annotated[int, Field(ge=0)] = 5
@@ -90,11 +93,18 @@ class Loader(Protocol):
 class Callback:
     """What happens beside training. Every process calls it; it cannot disturb the run's random numbers."""
 
+    def on_fit_begin(self, trainer: Trainer) -> None:
+        """Before the first step that is taken here, in eval mode; of a resumed run after its checkpoint was read."""
+
     def on_step_end(self, trainer: Trainer, step: int) -> None:
         """After each step."""
 
     def on_eval(self, trainer: Trainer, step: int) -> Mapping[str, float] | None:
-        """Every ``eval_every`` steps and after the last, in eval mode; what it returns goes to metrics.jsonl."""
+        """Every ``eval_every`` steps and after the last, in eval mode; what it returns goes to metrics.jsonl.
+
+        Raises:
+            Halt: on every process; the run ends, with a checkpoint.
+        """
 
     def on_save(self, trainer: Trainer, folder: Path) -> None:
         """After each checkpoint, with the checkpoint's folder."""

@@ -14,6 +14,24 @@ class ResumeError(ValueError):
     """A run cannot be continued from this folder."""
 
 
+class Halt(RuntimeError):  # noqa: N818: named after what it asks for
+    """A callback ends the run at an evaluation. The trainer saves a checkpoint first.
+
+    Attributes:
+        checkpoint: that checkpoint, or None if nothing is ever written.
+    """
+
+    checkpoint: Path | None = None
+
+    def __str__(self) -> str:
+        saved = "" if self.checkpoint is None else f". The work is saved: {self.checkpoint}"
+        return super().__str__() + saved
+
+
+class GuardError(Halt):
+    """A figure that was to be kept has fallen."""
+
+
 class CollapseError(ArithmeticError):
     """A tower gives nearly the same embedding for everything."""
 

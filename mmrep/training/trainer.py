@@ -20,9 +20,10 @@ from mmrep.training import rng
 from mmrep.training.cached import forward_backward
 from mmrep.training.contracts import Callback, Loader, TrainConfig
 from mmrep.training.engine import accelerator, prepare, share_buffers
+from mmrep.training.errors import Halt
 from mmrep.training.guard import Interrupts, Statistics, Watch
 from mmrep.training.metrics import MetricsLog, temperatures
-from mmrep.training.optim import OptimConfig, build_optimizer, gradient_norm, set_lr
+from mmrep.training.optim import OptimConfig, build_optimizer, gradient_norm, rest, set_lr
 from mmrep.training.progress import Progress
 from mmrep.training.run_state import Counters, RunState
 
@@ -76,9 +77,15 @@ class Trainer:
         if train.epochs is not None and loader.steps_per_epoch is not None:
             self.total_steps = math.ceil(train.epochs * loader.steps_per_epoch)
         optim.schedule.value(optim.lr, 0, self.total_steps)  # refuse here what it would refuse in the first step
+        if self.total_steps is None and any(group.begin for group in optim.groups):
+            raise ValueError(
+                "optim.groups: `begin` needs the length of the run, which a stream has not: give train.steps"
+            )
         if train.channels_last:
             cast(Any, root).to(memory_format=torch.channels_last)
         root.to(self.device)
+        if train.checkpointing:
+            cast(Any, root).checkpoint_encoders()
         if train.compile:
             cast(Any, root).compile_encoders()
         self._parallel, self._prepared = prepare(self.accelerator, root, build_optimizer(root, optim))
@@ -139,9 +146,11 @@ class Trainer:
             NonFiniteLoss: a loss or a gradient was not finite, once more often than ``max_skipped`` allows.
             CheckpointError: a checkpoint could not be written.
             ResumeError: there is a run in the folder and ``resume`` is False, or it does not fit this recipe.
+            Halt: a callback has ended the run; a checkpoint was saved before.
             KeyboardInterrupt: Ctrl-C; a checkpoint was saved before. SIGTERM does the same with SystemExit(143).
         """
         self._begin(resume)
+        self._evaluate_before()
         progress = Progress(self.total_steps, done=self.step, main=self.is_main)
         batches = self._batches()
         self.root.train()
@@ -178,12 +187,13 @@ class Trainer:
         if batch.quarantined and self.on_quarantined is not None:
             self.on_quarantined(batch.quarantined, self.counters.samples)
         set_lr(self.optimizer, self._lr(self.step))
-        cast(Any, self.root).clock = Clock(self.step, self.total_steps)
+        cast(Any, self.root).clock = clock = Clock(self.step, self.total_steps)
         if self._look_every == 1:
             self._statistics.keep()
         report = forward_backward(self._parallel, self.accelerator, batch.to(self.device))
         loss = report["loss"]
         self.accelerator.unscale_gradients()
+        rest(self.optimizer, clock.progress)
         norm = gradient_norm(self._parallel.parameters())
         scaled = self.accelerator.scaler is not None  # fp16: overflowing gradients are the scaler's daily bread
         finite = loss.isfinite() if scaled else loss.isfinite() & norm.isfinite()
@@ -227,7 +237,12 @@ class Trainer:
             self._log()
         paused = time.perf_counter()
         if "eval" in due and self.train.eval_every is not None:
-            self._evaluate()
+            try:
+                self._evaluate()
+            except Halt as halt:
+                self._save(last=True)
+                halt.checkpoint = self.last_checkpoint
+                raise
         if "save" in due or self._stop:
             self._save(last=final or self._stop)
         self._window += time.perf_counter() - paused
@@ -253,6 +268,14 @@ class Trainer:
             now["skipped"] = self.counters.skipped
         self.metrics.flush(self.step, {**now, **temperatures(self.root)}, time.perf_counter() - self._window)
         self._window = time.perf_counter()
+
+    def _evaluate_before(self) -> None:
+        if listening := [c for c in self.callbacks if type(c).on_fit_begin is not Callback.on_fit_begin]:
+            self.root.eval()
+            share_buffers(self.root)
+            with rng.isolated():
+                for callback in listening:
+                    callback.on_fit_begin(self)
 
     def _evaluate(self) -> None:
         self.root.eval()

@@ -1,4 +1,4 @@
-"""wav2vec 2.0, HuBERT and WavLM: networks of transformers that read waveforms of any length."""
+"""wav2vec 2.0, HuBERT and WavLM: networks that read waveforms of any length, as transformers has them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class WaveTrunk(nn.Module):
     supports = frozenset({"tokens", "drop_tokens", "layers"})
     pooled_width = None
     max_seconds = 30.0  # of attention; the architectures have no limit of their own
+    epsilon = 1e-7  # of standardising, as in ``Wav2Vec2FeatureExtractor``
 
     def __init__(self, model: Any, config: Any, extractor: Any) -> None:
         super().__init__()
@@ -61,10 +62,8 @@ class WaveTrunk(nn.Module):
         lengths = inputs["lengths"]
         values = inputs["wave"][:, 0]
         if self.extractor.do_normalize:
-            values = _standardised(values, lengths)
-        values = self._convolve(values[:, None].to(self.model.feature_projection.projection.weight.dtype), lengths)
-        values = self.model.feature_projection(values.mT)
-        values = values[0] if isinstance(values, tuple) else values  # HuBERT returns no second value
+            values = _standardised(values, lengths, self.epsilon)
+        values = self._project(self._convolve(values[:, None].to(next(self.model.parameters()).dtype), lengths).mT)
         at = torch.arange(values.shape[1], device=values.device)
         valid = at < self.frames(lengths)[:, None]
         coords = ((at * self.stride + (self.field - 1) / 2) / self.rate)[:, None].expand(len(values), -1, -1)
@@ -73,7 +72,7 @@ class WaveTrunk(nn.Module):
 
     def encode(self, tokens: Tokens, keep: Tensor | None, layers: Sequence[int]) -> Encoding:
         """Positions, then the transformer over the kept frames."""
-        encoder, stable = self.model.encoder, self.config.do_stable_layer_norm
+        encoder, stable = self._encoder, self.config.do_stable_layer_norm
         present = tokens.grid.valid
         if keep is not None:
             keep = keep_special(keep, tokens.grid)
@@ -89,13 +88,23 @@ class WaveTrunk(nn.Module):
         values = encoder.layer_norm(values) if stable else values
         return Encoding(Tokens(values, kept.grid), layers=asked)
 
+    @property
+    def _encoder(self) -> Any:
+        """What has ``pos_conv_embed``, ``layer_norm``, ``dropout`` and ``layers``."""
+        return self.model.encoder
+
+    def _project(self, values: Tensor) -> Tensor:
+        """What the convolutions give, [B, N, C], to [B, N, D]."""
+        values = self.model.feature_projection(values)
+        return values[0] if isinstance(values, tuple) else values  # HuBERT returns no second value
+
     def _layers(
         self, values: Tensor, grid: Grid, full: Tokens, keep: Tensor | None, layers: Sequence[int]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         wavlm = self.config.model_type == "wavlm"
         visible = grid.valid | ~grid.valid.any(1, keepdim=True)
         mask: Tensor | None = None if bool(visible.all()) else visible
-        bias = self._relative_positions(full, keep) if wavlm else None
+        bias = self._relative_positions(full, keep).flatten(0, 1) if wavlm else None
         if mask is not None and not wavlm:
             mask = additive(mask, values.dtype)
         asked: dict[int, Tensor] = {}
@@ -109,22 +118,22 @@ class WaveTrunk(nn.Module):
         return values, tuple(asked[number] for number in layers)
 
     def _relative_positions(self, full: Tokens, keep: Tensor | None) -> Tensor:
-        """WavLM's biases between the kept frames: [B * heads, K, K]."""
+        """WavLM's biases between the kept frames: [B, heads, K, K]."""
         B, N = full.grid.valid.shape
-        bias = self.model.encoder.layers[0].attention.compute_bias(N, N)
+        bias = self._encoder.layers[0].attention.compute_bias(N, N)
         bias = bias[None].expand(B, -1, -1, -1)
         if keep is not None:
             rows = torch.arange(B, device=keep.device)[:, None, None]
             at = keep.clamp_min(0)
             bias = bias.permute(0, 2, 3, 1)[rows, at[:, :, None], at[:, None, :]].permute(0, 3, 1, 2)
-        return bias.flatten(0, 1)
+        return bias
 
     def _convolve(self, values: Tensor, lengths: Tensor) -> Tensor:
         """[B, 1, T] to [B, C, N]; the library's layers, but for the statistics of a GroupNorm."""
         for number, layer in enumerate(self.model.feature_extractor.conv_layers, start=1):
             if isinstance(getattr(layer, "layer_norm", None), nn.GroupNorm):
                 values = layer.conv(values)
-                values = layer.activation(_group_norm(values, self.frames(lengths, number), layer.layer_norm))
+                values = layer.activation(group_norm(values, self.frames(lengths, number), layer.layer_norm))
             else:
                 values = layer(values)
         return values
@@ -137,15 +146,15 @@ def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None, None, :].expand(-1, 1, N, -1)
 
 
-def _standardised(values: Tensor, lengths: Tensor) -> Tensor:
-    """What ``Wav2Vec2FeatureExtractor`` does if ``do_normalize``: each clip of [B, T] to mean 0 and variance 1."""
+def _standardised(values: Tensor, lengths: Tensor, epsilon: float) -> Tensor:
+    """Each clip of [B, T] to mean 0 and variance 1."""
     inside = torch.arange(values.shape[1], device=values.device) < lengths[:, None]
     n = lengths[:, None]
     centred = (values - (values * inside).sum(1, keepdim=True) / n) * inside
-    return centred / (centred.square().sum(1, keepdim=True) / n + 1e-7).sqrt()
+    return centred / (centred.square().sum(1, keepdim=True) / n + epsilon).sqrt()
 
 
-def _group_norm(values: Tensor, frames: Tensor, norm: nn.GroupNorm) -> Tensor:
+def group_norm(values: Tensor, frames: Tensor, norm: nn.GroupNorm) -> Tensor:
     """GroupNorm of [B, C, T] with one group a channel, over the first ``frames`` [B] of each row; in float32."""
     with torch.autocast(values.device.type, enabled=False):
         wide = values.float()

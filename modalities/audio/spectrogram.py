@@ -166,7 +166,7 @@ class AudioSpectrogram(TransformerEncoder, AudioEncoder):
             return values
         if fill is not None:
             return nn.functional.pad(values, (0, 0, 1, 0), value=fill)
-        return torch.cat([self.special.to(values.dtype).expand(len(values), -1, -1), values], dim=1)
+        return torch.cat([self.special.to(values.dtype).expand(values.shape[0], -1, -1), values], dim=1)
 
     def length(self, item: Inputs) -> int:
         """The number of patches."""
@@ -192,7 +192,7 @@ class AudioSpectrogram(TransformerEncoder, AudioEncoder):
         return torch.cat(parts, dim=2).reshape(-1, D)
 
     def _grid(self, valid: Tensor, times: int) -> Grid:
-        B, device = len(valid), valid.device
+        B, device = valid.shape[0], valid.device
         hop, (long, high) = self.mel.hop / self.config.sampling_rate, self.patch
         seconds = (torch.arange(times, device=device) * long + (long - 1) / 2) * hop
         bands = torch.arange(self.bands, device=device) * high + (high - 1) / 2

@@ -120,6 +120,10 @@ class GraphGNN(GraphEncoder):
         asked = tuple(packed.put(outputs[number - 1]) for number in layers)
         return Encoding(Tokens(packed.put(self.norm(values)), grid), layers=asked)
 
+    def layer_modules(self) -> list[nn.Module]:
+        """See `Encoder.layer_modules`: a convolution and its norm each."""
+        return [nn.ModuleList(layer) for layer in zip(self.convs, self.norms, strict=True)]
+
     def _block(
         self, conv: Any, norm: Any, values: Tensor, packed: Packed, edge_values: Tensor | None, weights: Tensor | None
     ) -> Tensor:

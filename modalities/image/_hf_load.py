@@ -10,13 +10,14 @@ from torch import nn
 
 from mmrep.hub.pretrained import load_pretrained, quiet
 from mmrep.hub.pretrained import rebuild as rebuild_model
+from mmrep.modalities.image._hf_maps import MAPS, MapTrunk
 from mmrep.modalities.image._hf_models import FAMILIES
 from mmrep.modalities.image._hf_vit import ViTTrunk
 
-_WHOLE = {"altclip": "AltCLIPModel", "chinese_clip": "ChineseCLIPModel"}
-"""Composites whose vision part transformers can load with the rest alone; each has a projection of its own."""
-_IDLE = ("text_model.", "text_projection.", "logit_scale")
-Trunk = ViTTrunk
+_WHOLE = {"altclip": "AltCLIPModel", "chinese_clip": "ChineseCLIPModel", "align": "AlignModel"}
+"""Composites whose vision part transformers can load with the rest alone."""
+_IDLE = ("text_model.", "text_projection.", "logit_scale", "temperature")
+Trunk = ViTTrunk | MapTrunk
 
 
 def load(
@@ -45,10 +46,8 @@ def load(
     if config.model_type in _WHOLE:
         part = config.vision_config
         part.projection_dim, part.architectures = config.projection_dim, config.architectures
-        head, model, config = model.visual_projection, model.vision_model, part
-    else:
-        head = getattr(model, "visual_projection", None)
-        model = getattr(model, "vision_model", model)
+        config = part
+    head, model = getattr(model, "visual_projection", None), getattr(model, "vision_model", model)
     lacks = any(key.startswith("pooler.") for key in missing)
     if pooler and (lacks or getattr(model, "pooler", None) is None):
         raise ValueError(f"path {source!r}: pooler is asked for, but the checkpoint has no values for one")
@@ -60,7 +59,7 @@ def rebuild(folder: Path, *, projection: bool) -> tuple[Trunk, Any, Any]:
     """The architecture that ``folder/config.json`` describes, with random weights (the saved state fills them)."""
     model, config = rebuild_model(folder, partial(_class, source=str(folder), projection=projection))
     head = getattr(model, "visual_projection", None)
-    if projection and (config.architectures or [""])[0] in _WHOLE.values():
+    if projection and config.model_type in FAMILIES and (config.architectures or [""])[0] in _WHOLE.values():
         head = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
     return (
         _trunk(getattr(model, "vision_model", model), config, head),
@@ -81,11 +80,13 @@ def _class(config: Any, *, source: str, projection: bool) -> tuple[Any, Any]:
         if hasattr(config, "projection_dim"):
             part.projection_dim = config.projection_dim  # the whole model goes by its own value
         config = part
+    if config.model_type in MAPS:
+        return getattr(transformers, MAPS[config.model_type].cls), config
     family = FAMILIES.get(config.model_type)
     if family is None:
         raise ValueError(
             f"path {source!r} is a {kind!r} model, which hf-image does not know; it knows "
-            f"{', '.join(name.removesuffix('_vision_model') for name in FAMILIES)}"
+            f"{', '.join(name.removesuffix('_vision_model') for name in (*FAMILIES, *MAPS))}"
         )
     plain = (getattr(config, "architectures", None) or [""])[0] == family.cls
     name = family.projected if family.projected and projection and not plain else family.cls
@@ -93,6 +94,8 @@ def _class(config: Any, *, source: str, projection: bool) -> tuple[Any, Any]:
 
 
 def _trunk(model: Any, config: Any, head: nn.Module | None) -> Trunk:
+    if config.model_type in MAPS:
+        return MapTrunk(model, config, MAPS[config.model_type])
     return ViTTrunk(model, config, FAMILIES[config.model_type], head)
 
 

@@ -60,6 +60,15 @@ def _attention(model: Any, values: Tensor, valid: Tensor | None) -> Tensor | Non
     return (seen + head.mlp(head.layernorm(seen)))[:, 0]
 
 
+def _beit(model: Any, values: Tensor, valid: Tensor | None) -> Tensor | None:
+    """The normed mean of the patches, or the class token; as the checkpoint says."""
+    norm = None if model.pooler is None else model.pooler.layernorm
+    if norm is None or valid is None:
+        return _layer(model, values, valid)
+    marks = valid[:, 1:, None].to(values.dtype)
+    return norm((values[:, 1:] * marks).sum(1) / marks.sum(1).clamp_min(1))
+
+
 def _clip(name: str, projected: str | None = None) -> Family:
     return Family(cls=name, pool=_normed_first, norm=None, projected=projected)
 
@@ -83,6 +92,7 @@ FAMILIES = {
         special=lambda config: 1 + config.num_register_tokens,
         relation="rotary",
     ),
+    "beit": Family(cls="BeitModel", pool=_beit, any_size=True, relation="bias"),
     "clip_vision_model": _clip("CLIPVisionModel", "CLIPVisionModelWithProjection"),
     "metaclip_2_vision_model": _clip("MetaClip2VisionModel", "MetaClip2VisionModelWithProjection"),
     "altclip_vision_model": _clip("AltCLIPVisionModel"),

@@ -77,16 +77,21 @@ class ViTTrunk(nn.Module):
         kept = tokens.keep(keep)
         full = kept.grid.shape is not None or bool(kept.grid.valid.all())
         valid = None if full else kept.grid.valid
-        rows = len(kept.values)
+        rows = kept.values.shape[0]
         values = kept.values if rows else kept.values.new_zeros(1, *kept.values.shape[1:]) + kept.values.sum()
         valid = valid if rows else None
         if hasattr(self.model, "pre_layrnorm"):
             values = self.model.pre_layrnorm(values)
         mask = None if valid is None else _additive(valid, values.dtype)
-        extra = self._relations(tokens.grid, kept.grid)
+        if self.family.relation is not None and tokens.grid.shape is None:
+            raise ValueError("these tokens were cut before they came here; give all of them, and keep")
+        extra = self._angles(tokens.grid, kept.grid) if self.family.relation == "rotary" else {}
         asked: dict[int, Tensor] = {}
         for number, block in enumerate(_blocks(self.model), start=1):
-            values = block(values, mask, **extra)
+            if self.family.relation == "bias":
+                values = _biased(block, values, self._bias(block, tokens.grid, kept.grid, mask))
+            else:
+                values = block(values, mask, **extra)
             asked[number] = values
         values = values if self.family.norm is None else getattr(self.model, self.family.norm)(values)
         pooled = self.family.pool(self.model, values, valid)
@@ -106,7 +111,10 @@ class ViTTrunk(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Learned positions, class and register tokens, and the query of a pooling head."""
-        ends = ("position_embeddings", "position_embedding.weight", "_token", "_tokens", "class_embedding", "probe")
+        ends = (
+            "position_embeddings", "position_embedding.weight", "relative_position_bias_table", "_token", "_tokens",
+            "class_embedding", "probe",
+        )  # fmt: skip
         return {name for name, _ in self.named_parameters() if name.endswith(ends)}
 
     def _positions(self, values: Tensor, H: int, W: int, *, table_as_it_is: bool) -> Tensor:
@@ -122,21 +130,40 @@ class ViTTrunk(nn.Module):
         placed = self.special - bare
         return torch.cat([places[:, :placed], places.new_zeros(1, bare, places.shape[2]), places[:, placed:]], 1)
 
-    def _relations(self, full: Grid, kept: Grid) -> dict[str, Any]:
-        """What the blocks must be told of the places of the kept tokens."""
-        if self.family.relation is None:
-            return {}
-        if full.shape is None:
-            raise ValueError("these tokens were cut before they came here; give all of them, and keep")
-        rows, columns = full.shape
-        weight = next(self.model.parameters())
-        blank = weight.new_empty(0, 3, rows * self.patch, columns * self.patch)  # it is asked for its size alone
+    def _places(self, full: Grid, kept: Grid) -> Tensor:
+        """The place of each kept patch in the full grid, int64 [B, K]."""
+        assert full.shape is not None
+        coords = kept.coords if len(kept.coords) else kept.coords.new_zeros(1, *kept.coords.shape[1:])
+        return (coords[:, self.special :] @ coords.new_tensor([full.shape[1], 1.0])).long()
+
+    def _angles(self, full: Grid, kept: Grid) -> dict[str, tuple[Tensor, Tensor]]:
+        """DINOv3's cosines and sines of the kept patches: [N, C] of all, or [B, 1, K, C]."""
+        assert full.shape is not None
+        H, W = (side * self.patch for side in full.shape)
+        blank = next(self.model.parameters()).new_empty(0, 3, H, W)  # it is asked for its size alone
         cos, sin = self.model.rope_embeddings(blank)
         if kept.shape is None:
-            coords = kept.coords if len(kept.coords) else kept.coords.new_zeros(1, *kept.coords.shape[1:])
-            at = (coords[:, self.special :] @ coords.new_tensor([columns, 1.0])).long()
+            at = self._places(full, kept)
             cos, sin = cos[at][:, None], sin[at][:, None]
         return {"position_embeddings": (cos, sin)}
+
+    def _bias(self, block: Any, full: Grid, kept: Grid, mask: Tensor | None) -> Tensor | None:
+        """BEiT's relative positions, the block's own and those that all share, and ``mask``: [B, heads, K, K]."""
+        assert full.shape is not None
+        sources = (getattr(self.model, "shared_position_bias", None), block.relative_position_bias)
+        biases = [source(full.shape) for source in sources if source is not None]
+        if kept.shape is None:
+            at = F.pad(self._places(full, kept) + 1, (1, 0))
+            biases = [bias[0][:, at[:, :, None], at[:, None]].transpose(0, 1) for bias in biases]
+        parts = [*biases, *(() if mask is None else (mask,))]
+        return sum(parts[1:], parts[0]) if parts else None
+
+
+def _biased(block: Any, values: Tensor, mask: Tensor | None) -> Tensor:
+    """A block of BEiT with another bias than that of the full grid, which its own ``forward`` would make."""
+    seen, _ = block.attention(block.layernorm_before(values), attention_mask=mask)
+    values = values + block.drop_path(block.lambda_1 * block.dropout(seen))
+    return values + block.drop_path(block.lambda_2 * block.dropout(block.mlp(block.layernorm_after(values))))
 
 
 def _blocks(model: Any) -> nn.ModuleList:

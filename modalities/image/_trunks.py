@@ -41,7 +41,7 @@ class TrunkEncoder(ImageEncoder):
         self, config: Any, files: Path | None, *, trunk: Any, made_of: dict[str, Any], preprocess: Preprocess
     ) -> None:
         super().__init__(config, files, preprocess=preprocess)
-        self._made_of = made_of
+        self.made_of = made_of
         self.trunk = trunk
         self.width, self.depth, self.pooled_width = trunk.width, trunk.depth, trunk.pooled_width
         self.supports = trunk.supports
@@ -63,7 +63,7 @@ class TrunkEncoder(ImageEncoder):
 
     def save_files(self, folder: Path) -> None:
         """Write what rebuilds network and preprocessing: the model's name may mean nothing elsewhere."""
-        document = {"model": self._made_of, "preprocess": dump(self.preprocess)}
+        document = {"model": self.made_of, "preprocess": dump(self.preprocess)}
         (folder / self.file).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
     def no_weight_decay(self) -> set[str]:
@@ -114,7 +114,7 @@ class TimmTrunk(nn.Module):
         shape = tuple(patches.shape[1:3]) if patches.ndim == 4 else tuple(self.model.patch_embed.grid_size)
         values = self.model._pos_embed(patches)
         values = values[0] if isinstance(values, tuple) else values  # Eva adds its rotary table, see `_rope`
-        return Tokens(values, Grid.regular(len(values), shape, special=self.prefix, device=values.device))
+        return Tokens(values, Grid.regular(values.shape[0], shape, special=self.prefix, device=values.device))
 
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Tokens to an encoding; ``pooled`` is timm's ``forward_head(pre_logits=True)``, None if a slot is empty."""
@@ -176,7 +176,7 @@ class TimmTrunk(nn.Module):
             raise ValueError(
                 f"{type(self.model).__name__} returns {type(features).__name__} as features: not supported"
             )
-        B, device = len(features), features.device
+        B, device = features.shape[0], features.device
         if features.ndim == 4:
             self._layout = "NHWC" if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else "NCHW"
             maps = features if self._layout == "NHWC" else features.permute(0, 2, 3, 1)
@@ -197,7 +197,7 @@ class TimmTrunk(nn.Module):
         if self._layout == "NLC":
             return values
         assert shape is not None, "a network that cannot drop tokens keeps its regular grid"
-        maps = values.reshape(len(values), *shape, values.shape[-1])
+        maps = values.reshape(values.shape[0], *shape, values.shape[-1])
         return maps if self._layout == "NHWC" else maps.permute(0, 3, 1, 2)
 
 

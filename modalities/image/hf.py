@@ -1,4 +1,4 @@
-"""Hugging Face vision models: ViT, DINOv2 and 3, and the vision part of CLIP, SigLIP and their like.
+"""Hugging Face vision models: ViT, DINOv2 and 3, Swin, ConvNeXt, and the vision part of CLIP, SigLIP and their like.
 
 In a recipe::
 
@@ -20,6 +20,7 @@ from mmrep.hub.pretrained import locate
 from mmrep.modalities.image._base import ImageEncoder
 from mmrep.modalities.image._hf_load import load, rebuild
 from mmrep.modalities.image._hf_processor import Reader
+from mmrep.modalities.image._hf_vit import ViTTrunk
 from mmrep.modalities.image._native import collate_patches, to_patches
 from mmrep.modalities.image.decode import MAX_PIXELS
 from mmrep.tokens import Content, Encoding, Inputs, Tokens
@@ -53,8 +54,11 @@ class HFImage(ImageEncoder):
     chooses a size gets it by our own resizing with the processor's filter, and positions are interpolated as the
     library does. Tokens are the library's ``last_hidden_state`` (CLIP's are not normed); ``pooled`` is its
     ``pooler_output``, or behind the projection its ``image_embeds``; layers are its ``hidden_states``, n = 1 for the
-    output of the first block. SigLIP 2 of flexible resolution reads pictures at their own aspect ratio; its inputs are
-    those of `image-vit` with ``resize: native``.
+    output of the first block.
+
+    Of convolutional networks and Swin, tokens are the cells of the last map; they can neither drop tokens nor give
+    layers. SigLIP 2 of flexible resolution reads pictures at their own aspect ratio; its inputs are those of
+    `image-vit` with ``resize: native``.
     """
 
     Config = HFImageConfig
@@ -97,7 +101,9 @@ class HFImage(ImageEncoder):
             BadSampleError: the picture cannot be read.
         """
         item = super().prepare(raw, view=view, seed=seed)
-        return to_patches(item["pixels"], self.trunk.patch, self.preprocess.background) if self.native else item
+        return (
+            to_patches(item["pixels"], self.patch, self.preprocess.background) if self.native and self.patch else item
+        )
 
     def collate(self, items: Sequence[Inputs]) -> Inputs:
         """Stack pictures of one size, or pad patches."""
@@ -117,6 +123,7 @@ class HFImage(ImageEncoder):
     def tokenize(self, inputs: Inputs) -> Tokens:
         """Pixels [B, 3, H, W], or patches, to tokens [B, N, D]."""
         if self.native:
+            assert isinstance(self.trunk, ViTTrunk)
             return self.trunk.tokenize_patches(inputs, self._patches(inputs))
         return self.trunk.tokenize(self.normalize(inputs["pixels"]))
 
@@ -127,7 +134,7 @@ class HFImage(ImageEncoder):
 
     def content(self, inputs: Inputs) -> Content:
         """See `Encoder.content`: the normalised pixels of each patch, [B, N, 3 * patch * patch], channels first."""
-        if "content" not in self.supports:
+        if not isinstance(self.trunk, ViTTrunk):
             return super().content(inputs)
         return Content(self._patches(inputs)) if self.native else self.trunk.content(self.normalize(inputs["pixels"]))
 
@@ -141,5 +148,5 @@ class HFImage(ImageEncoder):
         return {f"trunk.{name}" for name in self.trunk.no_weight_decay()}
 
     def _patches(self, inputs: Inputs) -> Tensor:
-        patches, side = inputs["patches"], self.trunk.patch
+        patches, side = inputs["patches"], self.patch or 1
         return self.normalize(patches.reshape(-1, 3, side, side)).reshape(patches.shape)

@@ -178,7 +178,8 @@ class ImageViT(TransformerEncoder, ImageEncoder):
     def _behind_special(self, values: Tensor) -> Tensor:
         if self.special is None:
             return values
-        return torch.cat([self.special.to(values.dtype).expand(len(values), -1, -1), values], dim=1)
+        special = self.special.to(values.dtype).expand(values.shape[0], -1, -1)  # len() would be a constant in a graph
+        return torch.cat([special, values], dim=1)
 
     def no_weight_decay(self) -> set[str]:
         """Positions, class token and registers."""

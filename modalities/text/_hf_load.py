@@ -7,13 +7,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmrep.hub.pretrained import load_pretrained
 from mmrep.hub.pretrained import rebuild as rebuild_model
 
-_PARTS = {"clip": "CLIPTextModelWithProjection", "siglip": "SiglipTextModel", "siglip2": "Siglip2TextModel"}
-"""Composite model type to the class of its text part."""
+_PARTS = {
+    "clip": "CLIPTextModelWithProjection",
+    "metaclip_2": "MetaClip2TextModelWithProjection",
+    "siglip": "SiglipTextModel",
+    "siglip2": "Siglip2TextModel",
+    "clap": "ClapTextModelWithProjection",
+}
+"""Composite model type to the class of its text part, with its projection if it has one."""
+_WHOLE = {
+    "altclip": ("AltCLIPModel", "AltCLIPTextModel"),
+    "chinese_clip": ("ChineseCLIPModel", "ChineseCLIPTextModel"),
+    "align": ("AlignModel", "AlignTextModel"),
+}
+"""Composites whose text part transformers can load with the rest alone: the class of both, and of the part."""
+_IDLE = ("decoder.", "vision_model.", "visual_projection.", "logit_scale", "temperature")
 FULL_LENGTH = frozenset({"siglip", "siglip2", "siglip_text_model", "siglip2_text_model"})
 """Model types that were trained without an attention mask on texts padded to full length, and read the padding."""
 
@@ -27,28 +40,72 @@ def load(
         source: folder or hub id, from `mmrep.hub.pretrained.locate`.
         revision: branch, tag or commit on the hub.
         local_files_only: never touch the network.
-        projection: keep a CLIP checkpoint's text projection.
+        projection: keep the text projection into a joint space, where the checkpoint has one.
 
     Returns:
         The model, its config, and the names of parameters that the checkpoint has no values for (pooling layer only).
     """
     model, config, missing = load_pretrained(
         source, partial(_class, projection=projection, source=source), noun="text", revision=revision,
-        local_files_only=local_files_only, may_lack=("pooler.",), ignore=("decoder.",),
+        local_files_only=local_files_only, may_lack=("pooler.", "text_model.pooler."), ignore=_IDLE,
     )  # fmt: skip
-    return _encoder_part(model), config, missing
+    if config.model_type in _WHOLE:
+        part = config.text_config
+        part.projection_dim, part.architectures = config.projection_dim, config.architectures
+        return TextPart(model.text_model, model.text_projection if projection else None), part, missing
+    if missing and config.model_type == "clap_text_model" and projection:
+        raise ValueError(f"path {source!r}: the checkpoint has no values for the pooling layer before its projection")
+    return _encoder_part(model, projection), config, missing
 
 
 def rebuild(folder: Path, *, projection: bool) -> tuple[nn.Module, Any]:
     """The architecture that ``folder/config.json`` describes, with random weights (the saved state fills them)."""
     model, config = rebuild_model(folder, partial(_class, projection=projection, source=str(folder)))
-    return _encoder_part(model), config
+    for kind, (whole, _) in _WHOLE.items():
+        if config.model_type == f"{kind}_text_model" and config.architectures == [whole]:
+            width = getattr(config, "project_dim", config.hidden_size)
+            head = nn.Linear(width, config.projection_dim, bias=kind == "align") if projection else None
+            if kind == "chinese_clip":
+                model.pooler = None  # the whole model has none
+            return TextPart(model, head), config
+    return _encoder_part(model, projection), config
+
+
+class TextPart(nn.Module):
+    """The text part of a composite, and the projection that the composite puts on it.
+
+    Args:
+        text_model: the library's text model.
+        text_projection: linear, of any token, into the joint space; None for none.
+        pooled_projection: of the pooled vector alone (CLAP's has a layer between); None for none.
+    """
+
+    def __init__(
+        self, text_model: Any, text_projection: nn.Module | None = None, pooled_projection: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.text_model = text_model
+        self.text_projection, self.pooled_projection = text_projection, pooled_projection
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of input embeddings."""
+        return self.text_model.get_input_embeddings()
+
+    def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **options: Any) -> Any:
+        """What the text model gives, the pooled vector projected; projecting tokens is the encoder's affair."""
+        out = self.text_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **options)
+        if self.pooled_projection is not None:
+            out.pooler_output = self.pooled_projection(out.pooler_output)
+        return out
 
 
 def without_pooler(model: Any) -> None:
-    """Take off a pooling layer that is not asked for: it would get no gradient."""
-    if getattr(model, "pooler", None) is not None and "add_pooling_layer" in inspect.signature(type(model)).parameters:
-        model.pooler = None
+    """Take off a pooling layer that is not asked for, nor projected: it would get no gradient."""
+    if getattr(model, "pooled_projection", None) is not None:
+        return
+    inner = model.text_model if isinstance(model, TextPart) else model
+    if getattr(inner, "pooler", None) is not None and "add_pooling_layer" in inspect.signature(type(inner)).parameters:
+        inner.pooler = None
 
 
 def max_length(model: Any, config: Any, tokenizer: Any) -> int:
@@ -56,7 +113,9 @@ def max_length(model: Any, config: Any, tokenizer: Any) -> int:
     limits = [int(tokenizer.model_max_length)]
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None:
-        table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+        inner = getattr(model, "text_model", model)
+        inner = getattr(inner, "roberta", inner)
+        table = getattr(getattr(inner, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
         # RoBERTa's positions begin after the padding id: 514 of them hold 512 tokens.
         limits.append(int(positions) - (0 if padding is None else padding + 1))
@@ -68,27 +127,35 @@ def _class(config: Any, *, projection: bool, source: str) -> tuple[Any, Any]:
     """The transformers class to build, and the config that is its own."""
     import transformers
 
-    projected = (getattr(config, "architectures", None) or [""])[0] != "CLIPTextModel"
+    named = (getattr(config, "architectures", None) or [""])[0]
     kind = config.model_type
-    if kind == "clip":
-        config.text_config.projection_dim = config.projection_dim  # the whole model goes by its own value
+    if kind in _WHOLE:
+        return getattr(transformers, _WHOLE[kind][0]), config
     if kind in _PARTS:
+        if hasattr(config, "projection_dim"):
+            config.text_config.projection_dim = config.projection_dim  # the whole model goes by its own value
         config = config.text_config
     kind = kind.removesuffix("_text_model")
+    if kind in _WHOLE:
+        return getattr(transformers, _WHOLE[kind][1]), config
     if kind in _PARTS:
-        name = "CLIPTextModel" if kind == "clip" and not (projection and projected) else _PARTS[kind]
-        return getattr(transformers, name), config
+        plain = _PARTS[kind].removesuffix("WithProjection")
+        # A whole CLAP cannot be loaded as the plain class: transformers finds none of its names.
+        without = named == plain or (not projection and kind != "clap")
+        return getattr(transformers, plain if without else _PARTS[kind]), config
     if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
         raise ValueError(
             f"path {source!r} is a {kind!r} model of several modalities; hf-text knows the text part of "
-            f"{', '.join(_PARTS)} only: save the text part as a model of its own and name that"
+            f"{', '.join((*_PARTS, *_WHOLE))} only: save the text part as a model of its own and name that"
         )
     return transformers.AutoModel, config
 
 
-def _encoder_part(model: Any) -> nn.Module:
-    """The encoder of an encoder-decoder; anything else as it is."""
+def _encoder_part(model: Any, projection: bool) -> nn.Module:
+    """The encoder of an encoder-decoder, the text part of CLAP; anything else as it is."""
     model.config.use_cache = False
+    if model.config.model_type == "clap_text_model" and hasattr(model, "text_projection"):
+        return TextPart(model.text_model, pooled_projection=model.text_projection if projection else None)
     # Not by config.is_encoder_decoder: a saved T5EncoderModel denies it, and AutoModel builds the decoder all the same.
     both = all(isinstance(getattr(model, part, None), nn.Module) for part in ("encoder", "decoder"))
     return model.get_encoder() if both else model

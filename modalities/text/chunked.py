@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmrep.config import Component, Of, config
@@ -80,6 +80,10 @@ class ChunkedText(Encoder):
     def no_weight_decay(self) -> set[str]:
         """The inner encoder's."""
         return {f"inner.{name}" for name in self.inner.no_weight_decay()}
+
+    def layer_modules(self) -> list[nn.Module]:
+        """The inner encoder's."""
+        return self.inner.layer_modules()
 
     def preview(self, raw: Any) -> str:
         """As the inner encoder."""

@@ -1,4 +1,4 @@
-"""Any Hugging Face text model: BERT-like encoders, decoders, the encoder of T5, the text part of CLIP and SigLIP."""
+"""Any Hugging Face text model: BERT-like encoders, decoders, the encoder of T5, the text part of joint models."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from mmrep.config import config
 from mmrep.hub.pretrained import locate
+from mmrep.layers import stacked
 from mmrep.modalities.text._base import TextEncoder, frame_of, grid, last_special, no_rows, one_blank
-from mmrep.modalities.text._hf_load import FULL_LENGTH, load, max_length, rebuild, without_pooler
+from mmrep.modalities.text._hf_load import FULL_LENGTH, TextPart, load, max_length, rebuild, without_pooler
 from mmrep.modalities.text._prompts import Prompts, without_prompt
 from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
 
@@ -26,9 +27,9 @@ class HFTextConfig(Prompts):
 
     revision: hub branch, tag or commit. local_files_only: never touch the network. max_length: tokens at most, None =
     what the model allows. pad: to the longest text of the batch or to max_length; SigLIP, which reads its padding, is
-    padded to max_length in any case. projection: go through the projection into the joint space that a CLIP or SigLIP
-    checkpoint has. pooler: keep the pooling layer of BERT-like models, for pool `native`; without it that layer would
-    get no gradient. Prompts: see `Prompts`.
+    padded to max_length in any case. projection: go through the projection into the joint space that the checkpoint of
+    a CLIP-like model, SigLIP, ALIGN or CLAP has. pooler: keep the pooling layer of BERT-like models, for pool `native`;
+    without it that layer would get no gradient. Prompts: see `Prompts`.
     """
 
     path: str
@@ -44,13 +45,14 @@ class HFText(TextEncoder):
     """A Hugging Face text model, its tokenizer included.
 
     Choose the pool at the tower: ``mean`` for sentence-transformers models, ``cls`` or ``last`` where the model card
-    says so, ``eos`` or ``native`` for CLIP, ``native`` for SigLIP. Padding is on the right whatever the tokenizer's
-    own side is, and is told by the mask, never by the padding id.
+    says so, ``eos`` or ``native`` for CLIP, ``native`` for other joint models. Padding is on the right whatever the
+    tokenizer's own side is, and is told by the mask, never by the padding id.
 
     `forward` calls the model with ids, exactly as transformers users do. `tokenize` gives the input embeddings,
     *without* positions, which the model adds inside `encode`; so tokens cannot be dropped, but where the embeddings are
     as wide as the output they can be hidden. A projection is linear and is applied to every token, which commutes with
-    the pools; where it changes the width, ``"layers"`` is not supported.
+    the pools; where it changes the width, ``"layers"`` is not supported. CLAP's is not linear: it is applied to the
+    pooled vector alone, of width ``pooled_width``, which is not yet of length 1 (``get_text_features`` makes it so).
     """
 
     Config = HFTextConfig
@@ -79,20 +81,28 @@ class HFText(TextEncoder):
         if self.full_length and not config.projection:
             self._inner.head = torch.nn.Identity()
         self.max_length = self._max_length()
-        hidden = self.hf_config.hidden_size
-        self.width = getattr(self._projection, "out_features", hidden)
+        hidden, kind = self.hf_config.hidden_size, self.hf_config.model_type
+        last = self.hf_config.project_dim if kind == "altclip_text_model" else hidden
+        self.width = getattr(self._projection, "out_features", last)
+        if getattr(self.model, "pooled_projection", None) is not None:
+            self.pooled_width = self.hf_config.projection_dim
         if self.width != hidden:
             self.supports = self.supports - {"layers"}
         if self._embedding.embedding_dim != self.width:  # a mask token is as wide as the encoder's output
             self.supports = self.supports - {"mask_token"}
         self.depth = self.hf_config.num_hidden_layers if "layers" in self.supports else 0
         parameters = inspect.signature(self.model.forward).parameters
-        self._is_clip = self.hf_config.model_type == "clip_text_model"
+        self._is_clip = kind in ("clip_text_model", "metaclip_2_text_model")
+        self._reads_first = isinstance(self.model, TextPart) and self._projection is not None
         self._takes_embeddings = "inputs_embeds" in parameters
+
+    def layer_modules(self) -> list[torch.nn.Module]:
+        """See `Encoder.layer_modules`; also of a model whose projection keeps its layers from being asked for."""
+        return stacked(self._inner, self.hf_config.num_hidden_layers)
 
     @property
     def _projection(self) -> torch.nn.Module | None:
-        """The linear map into the checkpoint's joint space: CLIP's text_projection, SigLIP's head."""
+        """The linear map of tokens into the checkpoint's joint space: CLIP's text_projection, SigLIP's head."""
         if self.full_length:
             return self._inner.head
         return getattr(self.model, "text_projection", None)
@@ -175,6 +185,8 @@ class HFText(TextEncoder):
             # reads token 0 where it finds none.
             end = last_special(where.valid, where.special)
             pooled = hidden[torch.arange(len(hidden), device=hidden.device), end]
+        elif self._reads_first:
+            pooled = hidden[:, 0]
         else:
             pooled = getattr(out, "pooler_output", None)
         picked = tuple(out.hidden_states[n] for n in layers) if layers else ()

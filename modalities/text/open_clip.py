@@ -76,6 +76,10 @@ class OpenClipText(TextEncoder):
         causal = self.text.attn_mask is not None and self.text.pool_type in ("argmax", "eos", "first")
         self.full_length = not (causal and self._is_clip_tokenizer)
 
+    def layer_modules(self) -> list[nn.Module]:
+        """See `Encoder.layer_modules`; also of a model whose projection keeps its layers from being asked for."""
+        return list(self.text.transformer.resblocks)
+
     def token_ids(self, text: str) -> tuple[list[int], list[bool]]:
         """open_clip's ids; of a CLIP tokenizer without the padding after the end token, which truncation keeps."""
         ids: list[int] = self.tokenizer([text])[0].tolist()

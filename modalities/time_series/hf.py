@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmrep.config import config
 from mmrep.encoder import BadSampleError
@@ -69,6 +69,10 @@ class HFSeries(SeriesEncoder):
         self.width = self.hf_config.d_model
         self.depth = len(self._blocks)
         self.class_token = not self.mixer and self.hf_config.use_cls_token
+
+    def layer_modules(self) -> list[nn.Module]:
+        """See `Encoder.layer_modules`."""
+        return list(self._blocks)
 
     @property
     def _blocks(self) -> Any:

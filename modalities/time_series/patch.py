@@ -242,7 +242,7 @@ class SeriesPatch(TransformerEncoder, SeriesEncoder):
         values, places = values.flatten(1, -2), places.flatten(1, -2)
         if self.special is None:
             return Tokens(values, grid, places)
-        B, count, _ = self.special.expand(len(values), -1, -1).shape
+        B, count, _ = self.special.expand(values.shape[0], -1, -1).shape
         front = self.special.to(values.dtype).expand(B, -1, -1)
         values, places = (torch.cat([front, part], 1) for part in (values, places))
         coords = torch.cat([grid.coords.new_zeros(B, count, grid.coords.shape[-1]), grid.coords], 1)

@@ -193,6 +193,10 @@ class VideoFrames(VideoEncoder):
         if not any(inner.iterdir()):
             inner.rmdir()
 
+    def layer_modules(self) -> list[nn.Module]:
+        """Those over time, to which the image encoder is what comes before; without them the image encoder's."""
+        return self.inner.layer_modules() if self.transformer is None else list(self.transformer.blocks)
+
     def no_weight_decay(self) -> set[str]:
         """The image encoder's, and the positions in time."""
         own = set() if self.positions is None else {"positions"}

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmrep.config import config
 from mmrep.encoder import BadSampleError
@@ -152,6 +152,10 @@ class HFVideo(VideoEncoder):
         some, *asked = (out[: len(values)] for out in outs)
         pooler = getattr(self.model, "pooler", None)
         return Encoding(Tokens(some, grid), None if pooler is None else pooler(some), tuple(asked))
+
+    def layer_modules(self) -> list[nn.Module]:
+        """See `Encoder.layer_modules`."""
+        return list(self.family.blocks(self.model))
 
     def save_files(self, folder: Path) -> None:
         """Write the model's own config and its processor's."""

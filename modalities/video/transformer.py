@@ -171,7 +171,7 @@ def _whole_tubelets(inputs: Inputs, tubelet: int) -> tuple[Tensor, Tensor]:
     frames, valid = inputs["frames"], inputs["valid"]
     count = valid.sum(1, keepdim=True)
     T = -(-valid.shape[1] // tubelet) * tubelet
-    at = torch.arange(T, device=valid.device).expand(len(valid), -1)
+    at = torch.arange(T, device=valid.device).expand(valid.shape[0], -1)
     if T == valid.shape[1] and bool(valid.all()):
         return frames, valid
     last = torch.minimum(at, (count - 1).clamp_min(0))
@@ -180,7 +180,7 @@ def _whole_tubelets(inputs: Inputs, tubelet: int) -> tuple[Tensor, Tensor]:
 
 def _grid(valid: Tensor, shape: tuple[int, int, int], tubelet: int, special: int) -> Grid:
     """A tubelet is there if any of its frames is."""
-    regular = Grid.regular(len(valid), shape, special=special, device=valid.device)
+    regular = Grid.regular(valid.shape[0], shape, special=special, device=valid.device)
     begun = valid.unflatten(1, (-1, tubelet)).any(2)
     present = torch.cat([regular.valid[:, :special], begun.repeat_interleave(shape[1] * shape[2], 1)], 1)
     return Grid(regular.coords, present, regular.special, shape if bool(begun.all()) else None)

@@ -24,13 +24,13 @@ from mmrep.recipe import read_recipe
 from mmrep.run import Run
 
 
-def supervised(run: Run, field: str, data: str, per_class: int, steps: int, lr: float) -> float:
+def supervised(run: Run, field: str, known: str | None, data: str, per_class: int, steps: int, lr: float) -> float:
     """Test accuracy of the encoder trained from scratch on few labels."""
     recipe = run.recipe
     tower = run.untrained().tower(recipe.data.fields[field])
     views = [view.build() for view in recipe.data.views.get(field, [])][:1]
     sides = []
-    for source in (run.train_source, run.source(data)):
+    for source in (run.train_source if known is None else run.source(known), run.source(data)):
         samples = [source[i] for i in range(len(source))]
         sides.append([s for s in samples if s.fields.get(field) is not None])
     labels = [str(s.label) for s in sides[0]]
@@ -86,10 +86,12 @@ def main() -> None:
                 config = chosen.config
                 if getattr(config, "per_class", None):
                     rivals = [
-                        supervised(Run(recipe), config.field, config.data, config.per_class, o.steps, lr)
+                        supervised(Run(recipe), config.field, config.train, config.data, config.per_class, o.steps, lr)
                         for lr in (1e-3, 3e-4)
                     ]  # fmt: skip
                     found.setdefault(f"{name}, supervised from scratch", []).append(max(rivals))
+        told = (f"{name} {100 * values[-1]:.1f}" for name, values in found.items())
+        print(f"seed {seed}: {'; '.join(told)}", flush=True)
     for name, values in found.items():
         spread = f" ({100 * min(values):.1f}-{100 * max(values):.1f})" if len(values) > 1 else ""
         print(f"{o.recipe}: {name}: {100 * statistics.mean(values):.1f}{spread}")

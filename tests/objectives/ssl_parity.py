@@ -138,6 +138,27 @@ def _w2v_bert() -> tuple[Root, Make]:
     return root, lambda rows, step: ssl_toys.batch(rows, step=step)
 
 
+def _moved(*objectives: Any, missing: frozenset[Any] = frozenset(), began: str = "") -> tuple[Root, Make]:
+    """A model that has moved since its objectives were built."""
+    model = ssl_toys.build(fields={"x": "a", "y": "b"}).model.requires_grad_()
+    model.began = frozenset(name for name in model.state_dict() if began in name) if began else None
+    root = Root(model, objectives, fields={"x": "a", "y": "b"}, views={})
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in root.model.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+    return root, lambda rows, step: ssl_toys.batch(rows, fields="xy", views=1, step=step, missing=missing)
+
+
+def _anchor(missing: frozenset[Any] = frozenset(), **fields: Any) -> tuple[Root, Make]:
+    return _moved(component("objectives", "anchor", fields=["x", "y"], **fields), missing=missing)
+
+
+def _l2_sp() -> tuple[Root, Make]:
+    beside = component("objectives", "redundancy", fields=["x", "y"], views=[0], loss={"type": "vicreg"}, weight=0.1)
+    return _moved(component("objectives", "l2-sp", alpha=0.3, beta=0.2), beside, began="encoder")
+
+
 ROOTS: dict[str, Callable[[], tuple[Root, Make]]] = {
     "seq-jepa": _sequence,
     "seq-jepa, a rank without": lambda: _sequence(frozenset(HERE)),
@@ -147,6 +168,10 @@ ROOTS: dict[str, Callable[[], tuple[Root, Make]]] = {
     "electra": _replaced,
     "electra, a rank without": lambda: _replaced(frozenset(FIRST)),
     "w2v-bert": _w2v_bert,
+    "anchor": _anchor,
+    "anchor, mse, a rank without": lambda: _anchor(frozenset(HERE), by="mse"),
+    "anchor, similarity, some missing": lambda: _anchor(frozenset(SOME), by="similarity"),
+    "l2-sp": _l2_sp,
 }
 NAMES = [*CASES, *ROOTS]
 

@@ -23,6 +23,8 @@ OBJECTIVES = [
     component("objectives", "bootstrap", fields=["x"], predictor={"hidden": 7}),
     component("objectives", "redundancy", fields=["x"], loss={"type": "sigreg", "slices": 5}),
     component("objectives", "masked", field="x", target={"type": "teacher"}),
+    component("objectives", "anchor", fields=["x"]),
+    component("objectives", "l2-sp"),
     component("objectives", "masked", field="x", name="clusters", target={"type": "clusters", "codes": 3}),
 ]
 

@@ -32,7 +32,8 @@ from tests.world import make_world, write_recipe
 
 QUICK = {"steps": 8, "batch_size": 16, "precision": "fp32", "workers": 0, "log_every": 3, "save_every": 4,
          "eval_every": 4}  # fmt: skip
-SGD = {"optimizer": "sgd", "lr": 0.2, "weight_decay": 0.01, "clip_norm": 0.5}  # Adam would hide a factor
+SGD = {"optimizer": "sgd", "lr": 0.2, "weight_decay": 0.01, "clip_norm": 0.5,  # Adam would hide a factor
+       "layer_decay": 0.8, "groups": [{"match": "model.towers.text.*", "lr": 0.7, "begin": 0.2}]}  # fmt: skip
 
 
 def make_recipe(folder):

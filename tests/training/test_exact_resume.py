@@ -15,13 +15,13 @@ from mmrep.model import Model, ModelConfig, TowerConfig
 from mmrep.objectives.root import Root
 from mmrep.schedules import Schedule
 from mmrep.training.contracts import Callback, TrainConfig
-from mmrep.training.optim import OptimConfig
+from mmrep.training.optim import GroupConfig, OptimConfig
 from mmrep.training.trainer import Trainer
 from tests import toys  # noqa: F401
 from tests.training.toys import lines, tensors
 
 
-def build(folder, *, workers=0, seed=0, callbacks=(), steps=12):
+def build(folder, *, workers=0, seed=0, callbacks=(), steps=12, **optim):
     generator = torch.Generator().manual_seed(1)
     columns = {name: [torch.randn(1 + i % 3, generator=generator).tolist() for i in range(21)] for name in "xy"}
     columns["x"][4] = None  # missing
@@ -40,7 +40,7 @@ def build(folder, *, workers=0, seed=0, callbacks=(), steps=12):
     return Trainer(
         Root(model, chosen, fields=fields, views={}, memo=Memo(store=FeatureStore(folder / "features"))), loader,
         train=TrainConfig(steps=steps, precision="fp32", log_every=2, save_every=3),
-        optim=OptimConfig(lr=0.01, schedule=Schedule(warmup=2)), folder=folder, callbacks=callbacks,
+        optim=OptimConfig(lr=0.01, schedule=Schedule(warmup=2), **optim), folder=folder, callbacks=callbacks,
     )  # fmt: skip
 
 
@@ -72,6 +72,20 @@ def test_resume_is_bitwise(tmp_path, straight, workers, cut):
     assert a.keys() == b.keys()
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
     assert lines(tmp_path) == lines(folder)
+
+
+@pytest.mark.parametrize("cut", [4, 8])  # resumed at step 3, before the group begins, and at step 6, after
+def test_groups_of_learning_rates_that_begin_later_resume_bitwise(tmp_path, cut):
+    group = GroupConfig(match="model.towers.a.encoder.*", lr=0.5, begin=0.4)
+    optim = {"layer_decay": 0.5, "groups": [group]}
+    (first := build(tmp_path / "first", **optim)).fit()
+    with pytest.raises(InterruptedError):
+        build(tmp_path / "second", callbacks=[Kill(cut)], **optim).fit()
+    resumed = build(tmp_path / "second", seed=9, **optim)
+    resumed.fit(resume=True)
+    a, b = tensors(first), tensors(resumed)
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 def test_lines_name_objectives_and_temperatures(straight):

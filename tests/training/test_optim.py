@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from mmrep.training.optim import OptimConfig, build_optimizer, parameter_groups, set_lr
+from mmrep.config import ConfigError, component, parse
+from mmrep.model import Model, ModelConfig
+from mmrep.schedules import Schedule
+from mmrep.tower import TowerConfig
+from mmrep.training.optim import GroupConfig, OptimConfig, build_optimizer, parameter_groups, rest, set_lr
+from tests.training.toys import ToyLoader, ToyRoot, toy_trainer
 
 
 class Tables(nn.Module):
@@ -106,3 +111,137 @@ def test_set_lr_keeps_the_scale_of_a_group():
     optimizer.param_groups[1]["lr_scale"] = 0.1
     set_lr(optimizer, 2.0)
     assert [g["lr"] for g in optimizer.param_groups] == [2.0, 0.2]
+
+
+VIT = {"size": 8, "patch": 4, "width": 16, "depth": 2, "heads": 2}
+
+
+class Run(nn.Module):
+    """As the root of a run: a model of two towers, and an objective with weights."""
+
+    def __init__(self, **fields):
+        super().__init__()
+        towers = {
+            "image": TowerConfig(encoder=component("encoders", "image-vit", **VIT), **fields),
+            "rows": TowerConfig(encoder=component("encoders", "features")),
+        }
+        self.model = Model(ModelConfig(dim=4, towers=towers))
+        self.head = nn.Linear(4, 4)
+
+
+def scales(groups):
+    return {name: g["lr_scale"] for g in groups for name in g["param_names"]}
+
+
+def test_layers_move_slower_the_deeper_they_are(caplog):
+    found = scales(parameter_groups(Run(), 0.3, layer_decay=0.5))
+    image = {n.removeprefix("model.towers.image."): s for n, s in found.items() if ".image." in n}
+    assert image.pop("encoder.positions") == image.pop("encoder.patches.weight") == 0.5**3
+    assert image.pop("encoder.special") == image.pop("encoder.patches.bias") == 0.5**3
+    blocks = {n: s for n, s in image.items() if ".blocks." in n}
+    assert {(n.split(".")[3], s) for n, s in blocks.items()} == {("0", 0.5**2), ("1", 0.5)}
+    assert len(blocks) == 24
+    rest_of_all = {n: s for n, s in found.items() if n.removeprefix("model.towers.image.") not in blocks}
+    assert {n for n, s in rest_of_all.items() if s == 1.0} >= {
+        "model.towers.image.encoder.norm.weight", "model.towers.image.projector.map.weight", "head.weight",
+        "model.towers.rows.encoder.map.weight", "model.temperatures.default.log_scale",
+    }  # fmt: skip
+    assert "model.towers.rows.encoder has no layers" in caplog.text
+
+
+def test_decay_and_layers_go_together():
+    groups = parameter_groups(Run(), 0.3, layer_decay=0.5)
+    keys = [(g["lr_scale"], g["weight_decay"]) for g in groups]
+    assert len(set(keys)) == len(keys) == 8
+    assert {g["name"] for g in groups} == {"decay", "no_decay"}
+
+
+def test_layers_below_what_is_frozen_count():
+    found = scales(parameter_groups(Run(frozen=1), 0.3, layer_decay=0.5))
+    assert {s for n, s in found.items() if ".blocks.1." in n} == {0.5}
+    assert not any(".blocks.0." in n for n in found)
+
+
+def test_without_any_layers_the_decay_is_refused():
+    with pytest.raises(ValueError, match=r"layer_decay=0\.5: no encoder that trains has layers"):
+        parameter_groups(nn.Linear(2, 2), 0.3, layer_decay=0.5)
+    with pytest.raises(ValueError, match="no encoder that trains has layers"):
+        parameter_groups(Run(frozen=True), 0.3, layer_decay=0.5)
+
+
+def test_a_group_has_its_own_rate_decay_and_beginning_and_the_first_match_counts():
+    groups = [
+        GroupConfig(match="*.blocks.1.*", lr=3.0, weight_decay=0.7),
+        GroupConfig(match=["model.towers.image.*", "head.bias"], begin=0.5),
+    ]
+    found = parameter_groups(Run(), 0.3, layer_decay=0.5, groups=groups)
+    placed = [n for g in found for n in g["param_names"]]
+    assert len(placed) == len(set(placed)) == len(list(Run().named_parameters()))
+    by_name = {n: g for g in found for n in g["param_names"]}
+    first = by_name["model.towers.image.encoder.transformer.blocks.1.attention.qkv.weight"]
+    assert (first["lr_scale"], first["weight_decay"], first["begin"]) == (1.5, 0.7, 0.0)
+    bias = by_name["model.towers.image.encoder.transformer.blocks.1.attention.qkv.bias"]
+    assert (bias["lr_scale"], bias["weight_decay"]) == (1.5, 0.0)
+    second = by_name["model.towers.image.encoder.transformer.blocks.0.attention.qkv.weight"]
+    assert (second["lr_scale"], second["weight_decay"], second["begin"]) == (0.25, 0.3, 0.5)
+    assert by_name["head.bias"]["begin"] == 0.5
+    assert by_name["head.weight"]["begin"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("patterns", "words"),
+    [
+        ([["*.imge.*"]], r"optim\.groups\[0\]\.match: '\*\.imge\.\*' matches no trainable parameter"),
+        ([["haed.*"]], r"groups\[0\]\.match: 'haed\.\*' matches no trainable parameter; did you mean 'head\.\*'"),
+        ([["head.*"], ["head.bias"]], r"groups\[1\]\.match: all that 'head\.bias' matches belongs to an earlier group"),
+    ],
+)
+def test_a_pattern_that_chooses_nothing_is_refused(patterns, words):
+    with pytest.raises(ValueError, match=words):
+        parameter_groups(Run(), 0.3, groups=[GroupConfig(match=match) for match in patterns])
+
+
+def test_groups_are_read_from_plain_data():
+    config = parse(OptimConfig, {"groups": [{"match": "a.*", "lr": "1e-1"}, {"match": ["b"], "begin": 0.25}]})
+    assert [(g.patterns, g.lr, g.begin) for g in config.groups] == [(["a.*"], 0.1, 0.0), (["b"], 1.0, 0.25)]
+    with pytest.raises(ConfigError, match=r"groups\[0\]\.begin"):
+        parse(OptimConfig, {"groups": [{"match": "a", "begin": 1.0}]})
+
+
+def test_a_group_that_has_not_begun_neither_moves_nor_counts_nor_remembers():
+    def run(steps, **group):
+        root, seen = ToyRoot(), []
+        start = {n: p.detach().clone() for n, p in root.named_parameters()}
+        optim = {"groups": [GroupConfig(match="encode.*", **group)], "clip_norm": None}
+        trainer = toy_trainer(root=root, optim=optim, steps=10)
+        move = trainer._prepared.step
+        trainer._prepared.step = lambda: (seen.append(bool(trainer.optimizer.state.get(root.encode.weight))), move())
+        trainer.total_steps = steps
+        trainer.metrics.add = lambda report, n: norms.append(report["grad_norm"].item())
+        norms = []
+        trainer.metrics.flush = lambda *args: None
+        trainer._state.save = lambda *args, **options: None
+        trainer.fit()
+        moved = {n for n, p in root.named_parameters() if not torch.equal(p, start[n])}
+        return moved, seen, norms
+
+    moved, seen, norms = run(10, begin=0.35)
+    assert seen == [False] * 5 + [True] * 5  # steps 0 to 3 rest; before its first step it remembers nothing
+    assert "encode.weight" in moved
+    all_of_it = run(10)[2]
+    assert norms[0] < all_of_it[0]
+    optimizer = build_optimizer(nn.Linear(2, 2), OptimConfig(groups=[GroupConfig(match="bias", begin=0.5)]))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    rest(optimizer, 0.5)
+    assert all(p.grad is not None for g in optimizer.param_groups for p in g["params"])
+    rest(optimizer, 0.49)
+    assert [[p.grad is None for p in g["params"]] for g in optimizer.param_groups] == [[True], [False]]
+
+
+def test_a_beginning_needs_an_end():
+    with pytest.raises(ValueError, match="begin"):
+        toy_trainer(loader=ToyLoader(stream=True), epochs=1.0,
+                    optim={"groups": [GroupConfig(match="encode.*", begin=0.5)],
+                           "schedule": Schedule(shape="constant")})  # fmt: skip

@@ -24,6 +24,7 @@ from mmrep.data.sample import stable_hash
 from mmrep.data.sets._packages import find_module, python_version, sizes
 from mmrep.data.sets._rows import RowSource
 from mmrep.data.sets._split import Part, SplitConfig, part_of
+from mmrep.data.sets._uses import use_of
 from mmrep.registry import require
 
 COMMAND = "pip install chemicals"
@@ -50,6 +51,7 @@ class MoleculesConfig(SplitConfig):
 
     property: leave out molecules of which this is not known, and fill the column ``property_bin``, which is then the
     ``label`` for probes: in which of ``bins`` equal parts of the training molecules its value falls, 0 the lowest.
+    ``use`` has no bins: it is its own ``label``.
     """
 
     root: str | None = None
@@ -58,14 +60,14 @@ class MoleculesConfig(SplitConfig):
     salts: bool = False
     max_heavy_atoms: Annotated[int, Field(ge=1)] | None = None
     limit: Annotated[int, Field(ge=1)] | None = None
-    property: Literal["boiling_point", "melting_point"] | None = None
+    property: Literal["boiling_point", "melting_point", "use"] | None = None
     bins: Annotated[int, Field(ge=2)] = 3
     group: str | None = "common"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.label == "property_bin" and self.property is None:
-            raise ConfigError(["label: 'property_bin' is a bin of a property; name it: property: melting_point"])
+        if self.label == "property_bin" and self.property in (None, "use"):
+            raise ConfigError(["label: 'property_bin' is a bin of a number; name one: property: melting_point"])
 
 
 class Molecules(RowSource):
@@ -74,7 +76,9 @@ class Molecules(RowSource):
     Columns: ``smiles``, ``name`` (list: the chosen name, then synonyms), ``common`` and ``iupac`` (names), ``formula``
     (as in ``C2H6O``), ``molecular_weight`` (g/mol), ``boiling_point`` (kelvin at one atmosphere, from Yaws' table where
     it has the molecule), ``melting_point`` (kelvin, from the Open Notebook collection), ``property_bin``,
-    ``heavy_atoms`` (how many are not hydrogen) and ``cas``. Molecules of one common name are positives of each other.
+    ``use`` (the class of drugs or pesticides that the stem of the common name says, or None: "diazepam" is a
+    benzodiazepine), ``heavy_atoms`` (how many are not hydrogen) and ``cas``. Molecules of one common name are positives
+    of each other.
 
     Of the rows with one id the first is kept, from the smaller file of common chemicals before the larger. A split
     needs rdkit, and the default choice of molecules takes five seconds; ``split: all`` needs neither.
@@ -83,7 +87,7 @@ class Molecules(RowSource):
     Config = MoleculesConfig
     columns = (
         "smiles", "name", "common", "iupac", "formula", "molecular_weight", "boiling_point", "melting_point",
-        "property_bin", "heavy_atoms", "cas",
+        "property_bin", "use", "heavy_atoms", "cas",
     )  # fmt: skip
     config: MoleculesConfig
 
@@ -96,10 +100,11 @@ class Molecules(RowSource):
             rows = [row for row in rows if row[1][config.property] is not None]
         if config.limit is not None:
             rows = sorted(rows, key=lambda row: stable_hash("limit", config.seed, row[0]))[: config.limit]
-        if config.split != "all" or config.property is not None:
+        binned = config.property if config.property in _POINTS else None
+        if config.split != "all" or binned is not None:
             parts: dict[str, Part] = {n: _part(_scaffold(row["smiles"]) or n, config) for n, row in rows}
-            if config.property is not None:
-                _bin(rows, parts, config.property, config.bins)
+            if binned is not None:
+                _bin(rows, parts, binned, config.bins)
             rows = [row for row in rows if config.split in ("all", parts[row[0]])]
         self.set_rows(sorted(rows, key=lambda row: row[0]), f"split: no molecule falls in {config.split!r}")
 
@@ -160,6 +165,7 @@ def _row(cells: list[str], points: Mapping[str, Mapping[str, float]], config: Mo
         "molecular_weight": _number(cells[_WEIGHT]),
         **{key: found.get(cells[_CAS]) for key, found in points.items()},
         "property_bin": None,
+        "use": use_of(cells[_COMMON] or None),
         "heavy_atoms": _heavy_atoms(cells[_FORMULA]),
         "cas": cells[_CAS] or None,
     }

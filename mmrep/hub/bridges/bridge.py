@@ -52,8 +52,8 @@ def width(tower: dict[str, Any], files: Path | None) -> int:
     config = parse(TowerConfig, tower)
     with torch.device("meta"):
         encoder = config.encoder.build(files=files)
-    native = config.pool.type == "native" and encoder.pooled_width is not None
-    return encoder.pooled_width if native else encoder.width
+    native = encoder.pooled_width if config.pool.type == "native" else None
+    return encoder.width if native is None else native
 
 
 class Values:

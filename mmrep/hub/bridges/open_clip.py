@@ -67,4 +67,5 @@ class OpenClip(Bridge):
     @torch.no_grad()
     def fill(self, model: Model) -> None:
         """See `Bridge.fill`."""
-        model.temperature("default").log_scale.fill_(float(self._values[1]))
+        if "default" in model.temperatures:  # a recipe may have left it out
+            model.temperature("default").log_scale.fill_(float(self._values[1]))

@@ -1,4 +1,4 @@
-"""``hf:organisation/name`` or a folder: checkpoints of transformers and of sentence-transformers."""
+"""``hf:organisation/name``, ``hf:package:name/folder`` or a folder of transformers or sentence-transformers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mmrep.hub.bridges import _sentences
 from mmrep.hub.bridges._families import JOINT, Joint, Part, single
 from mmrep.hub.bridges.bridge import Bridge, Values, tower, width
 from mmrep.hub.fetch import PICKLES, Fetched, ModelFolderError, fetch
+from mmrep.hub.pretrained import locate
 from mmrep.model import Model
 from mmrep.registry import near
 
@@ -29,7 +30,8 @@ class HuggingFace(Bridge):
 
     def __init__(self, name: str, *, pool: str | None = None, **hub: Any) -> None:
         super().__init__(name, pool=pool, **hub)
-        path = Path(name).expanduser()
+        self.packaged = name.startswith("package:")
+        path = Path(_located(name) if self.packaged else name).expanduser()
         self.local = path.is_dir()
         self.fetched = Fetched(path) if self.local else fetch(name, **hub)
         self.folder = self.fetched.folder
@@ -46,6 +48,8 @@ class HuggingFace(Bridge):
 
     def named(self) -> dict[str, Any]:
         """See `Bridge.named`."""
+        if self.packaged:
+            return self._config({"path": self.name})
         if self.local:
             return self.config()
         inside = "" if self.modules is None or not self.modules.path else f"/{self.modules.path}"
@@ -98,8 +102,16 @@ class HuggingFace(Bridge):
             self.modules.fill(model)
         joint = JOINT.get(self.kind) if self.modules is None else None
         if joint is not None and not joint.inverse:  # the parameter itself, not what became of it by exp and log
-            temperature = model.temperature("default")
-            temperature.log_scale.fill_(Values(self.inner).scalar(joint.scale))
+            if "default" in model.temperatures:  # a recipe may have left it out
+                model.temperature("default").log_scale.fill_(Values(self.inner).scalar(joint.scale))
+
+
+def _located(name: str) -> str:
+    """The folder of ``package:name/folder``."""
+    try:
+        return locate(name)
+    except ValueError as error:
+        raise ModelFolderError(str(error)) from error
 
 
 def _kind(name: str, folder: Path) -> str:
@@ -116,7 +128,7 @@ def _kind(name: str, folder: Path) -> str:
             raise ModelFolderError(
                 f"{name!r} is a {kind!r} model whose code is in its own repository ({', '.join(remote)}), and "
                 "mmrep never runs code of a repository. Where you trust it: load it with transformers and "
-                "trust_remote_code=True inside an encoder of your own (see CONTRIBUTING.md, a new encoder)"
+                "its trust_remote_code inside an encoder of your own (see CONTRIBUTING.md, a new encoder)"
             )
         raise ModelFolderError(
             f"{name!r}: its config.json has model_type {kind!r}, which the installed transformers does not know"
@@ -130,7 +142,7 @@ def _no_weights(name: str, folder: Path, pickles: tuple[str, ...]) -> str:
     if found:
         return (
             f"{name!r} has no safetensors weights, only {', '.join(found[:3])}: reading a pickle can run any program, "
-            "so it is refused. Where you trust it: transformers.AutoModel.from_pretrained(…).save_pretrained(folder) "
-            "once, and load that folder"
+            "so it is refused. `mmrep convert pytorch_model.bin model.safetensors` in a local copy reads tensors alone "
+            "and runs nothing; then load that folder"
         )
     return f"{name!r} holds no model weights (*.safetensors)"

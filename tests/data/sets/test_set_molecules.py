@@ -9,6 +9,7 @@ from set_fakes import files
 
 from mmrep.config import ConfigError, component
 from mmrep.data.sets import molecules as module
+from mmrep.data.sets._uses import use_of
 from mmrep.data.sets.molecules import Molecules, MoleculesConfig, _heavy_atoms, _scaffold
 
 
@@ -87,8 +88,28 @@ def test_a_property_is_binned_by_the_quantiles_of_the_training_part(package, mon
     assert bins(split="train", bins=2) == {"2-00-0": 0, "7-00-0": 1, "9-00-0": 1}  # cut at 107
     with pytest.raises(ConfigError, match="which has no boiling_point"):
         build(package, property="boiling_point", split="test")
-    with pytest.raises(ConfigError, match="name it: property: melting_point"):
+    with pytest.raises(ConfigError, match="name one: property: melting_point"):
         build(package, label="property_bin")
+
+
+def test_a_use_is_what_the_stem_of_the_name_says(package):
+    uses = {
+        "diazepam": "benzodiazepine", "propranolol": "beta blocker", "cefalexin": "cephalosporin", "monuron": "urea",
+        "fenitrothion": "organophosphate", "sulfadiazine": "sulfonamide", "perazine": "phenothiazine",
+    }  # fmt: skip
+    assert {name: use_of(name) for name in uses} == uses
+    # A stem by chance, a part of another stem, no stem, no single word.
+    assert {use_of(name) for name in ("stanozolol", "homopiperazine", "toluene", "methyl parathion", None)} == {None}
+    with pytest.raises(ConfigError, match="no molecule falls in"):
+        build(package, property="use")  # nobody's
+    identifiers = package / "Identifiers/chemical identifiers pubchem large.tsv"
+    row = line(7, "CNC(=O)Oc1ccccc1", "B-C", "C8H9NO2", "phenyl methylcarbamate", "examplecarb")
+    identifiers.write_text(f"{row}\n")
+    known = build(package, property="use", label="use")
+    assert [known[i].label for i in range(len(known))] == ["carbamate"]
+    assert known.column("property_bin") == [None]
+    with pytest.raises(ConfigError, match="name one: property: melting_point"):
+        build(package, property="use", label="property_bin")
 
 
 def test_a_limit_is_a_fixed_choice_of_its_own(package):

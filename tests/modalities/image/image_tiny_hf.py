@@ -11,6 +11,11 @@ SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 VIT = {**SIZES, "image_size": 16, "patch_size": 4}
 TEXT = {**SIZES, "vocab_size": 60, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 59,
         "pad_token_id": 0}  # fmt: skip
+SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 2}
+STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1]}
+ALIGN = {"hidden_dim": 32, "image_size": 40, "depthwise_padding": [], "in_channels": [32, 8], "out_channels": [8, 16],
+         "kernel_sizes": [3, 5], "strides": [1, 2], "num_block_repeats": [1, 1], "expand_ratios": [1, 2],
+         "width_coefficient": 1.0, "depth_coefficient": 1.0}  # fmt: skip
 SQUARE = {"size": {"height": 16, "width": 16}}
 CROP = {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}}
 
@@ -62,13 +67,56 @@ def make(kind: str) -> tuple[Any, Any]:
             )),
             hf.Siglip2ImageProcessor(patch_size=4, max_num_patches=20),
         ),
+        "beit": lambda: (
+            hf.BeitModel(hf.BeitConfig(**VIT, use_relative_position_bias=True, use_shared_relative_position_bias=True,
+                                       use_mean_pooling=True)),
+            hf.BeitImageProcessor(**SQUARE),
+        ),
+        "beit-absolute": lambda: (
+            hf.BeitModel(hf.BeitConfig(**VIT, use_absolute_position_embeddings=True, use_mask_token=True,
+                                       use_mean_pooling=False)),
+            hf.BeitImageProcessor(**SQUARE),
+        ),
+        "swin": lambda: (hf.SwinModel(hf.SwinConfig(**SWIN)), hf.ViTImageProcessor(**SQUARE)),
+        "swin-absolute": lambda: (
+            hf.SwinModel(hf.SwinConfig(**SWIN, use_absolute_embeddings=True)), hf.ViTImageProcessor(**SQUARE)
+        ),
+        "swinv2": lambda: (hf.Swinv2Model(hf.Swinv2Config(**SWIN)), hf.ViTImageProcessor(**SQUARE)),
+        "convnext": lambda: (
+            hf.ConvNextModel(hf.ConvNextConfig(**STAGES, num_stages=2)),
+            hf.ConvNextImageProcessor(size={"shortest_edge": 40}),
+        ),
+        "convnextv2": lambda: (
+            hf.ConvNextV2Model(hf.ConvNextV2Config(**STAGES, num_stages=2)),
+            hf.ConvNextImageProcessor(size={"shortest_edge": 40}),
+        ),
+        "dinov3-convnext": lambda: (
+            hf.DINOv3ConvNextModel(hf.DINOv3ConvNextConfig(**STAGES)),
+            hf.DINOv3ViTImageProcessor(size={"height": 40, "width": 40}),
+        ),
+        "resnet": lambda: (
+            hf.ResNetModel(hf.ResNetConfig(embedding_size=8, layer_type="basic", **STAGES)),
+            hf.ConvNextImageProcessor(size={"shortest_edge": 40}),
+        ),
+        "mobilenetv2": lambda: (
+            hf.MobileNetV2Model(hf.MobileNetV2Config(depth_multiplier=0.1, finegrained_output=False)),
+            hf.MobileNetV2ImageProcessor(size={"shortest_edge": 44}, crop_size={"height": 40, "width": 40}),
+        ),
+        "align": lambda: (
+            hf.AlignModel(hf.AlignConfig(text_config=TEXT, projection_dim=12, vision_config=ALIGN)),
+            hf.EfficientNetImageProcessor(size={"height": 40, "width": 40}, rescale_offset=True, include_top=False,
+                                          rescale_factor=1 / 127.5, do_normalize=False),
+        ),
     }  # fmt: skip
     return models[kind]()
 
 
 VITS = ("vit", "vit-classifier", "deit", "dinov2", "dinov2-swiglu", "dinov2-registers", "dinov3", "clip",
-        "clip-vision", "clip-projected", "metaclip2", "altclip", "chinese-clip", "siglip", "siglip2")  # fmt: skip
-KINDS = VITS
+        "clip-vision", "clip-projected", "metaclip2", "altclip", "chinese-clip", "siglip", "siglip2", "beit",
+        "beit-absolute")  # fmt: skip
+MAPS = ("swin", "swin-absolute", "swinv2", "convnext", "convnextv2", "dinov3-convnext", "resnet", "mobilenetv2",
+        "align")  # fmt: skip
+KINDS = (*VITS, *MAPS)
 
 
 def save(kind: str, folder: Path) -> tuple[Any, Any]:
@@ -79,6 +127,9 @@ def save(kind: str, folder: Path) -> tuple[Any, Any]:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+        for name, buffer in model.named_buffers():  # of BatchNorm
+            if name.endswith(("running_mean", "running_var")):
+                buffer += 0.2 * torch.rand(buffer.shape, generator=generator)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model.eval(), processor

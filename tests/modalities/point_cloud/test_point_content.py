@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mmrep.config import component
+from mmrep.recipe import read_recipe
 
 
 def small(**fields):
@@ -66,3 +67,21 @@ def test_a_hidden_group_shows_its_centre_only():
     # Another cloud has other centres, and they show.
     turned = encoder.encode(encoder.tokenize({**inputs, "points": -inputs["points"]}).hide(everything, token))
     assert not torch.allclose(a[plain], turned.tokens.values[plain])
+
+
+def test_views_that_turn_and_scale_keep_every_group_in_its_place():
+    # What masked-scene stands on: a token of one view is the same points as that token of the other.
+    recipe = read_recipe("masked-scene")
+    views = [view.build() for view in recipe.data.views["shape"]]
+    encoder = small()
+    clouds = torch.randn(5, 64, 3, generator=torch.Generator().manual_seed(3)) * torch.tensor([1.0, 0.6, 1.7])
+    plain = encoder.collate([encoder.prepare(cloud.numpy()) for cloud in clouds])
+    chosen, _, members, _ = encoder._groups(plain)
+    turned = [view.batch(plain, torch.arange(5) + 100 * number) for number, view in enumerate(views)]
+    assert (turned[0][0]["points"] - turned[1][0]["points"]).abs().amax((1, 2)).min() > 0.1
+    for inputs, _ in turned:
+        again, _, near, _ = encoder._groups(inputs)
+        assert torch.equal(again, chosen)
+        assert torch.equal(near, members)
+    across = [(objective.config.view, objective.config.target_view) for objective in recipe.objectives]
+    assert across == [(0, 1), (1, 0)]

@@ -37,6 +37,7 @@ def make(kind: str) -> tuple[Any, Any]:
     pieces = {piece: place for place, piece in enumerate(marks)}
     t5 = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
     clip_vision = {**VISION, "image_size": 8}
+    offset = {**SIZES, "max_position_embeddings": 17, "pad_token_id": 0}  # RoBERTa's positions begin after the padding
     models: dict[str, Callable[[], tuple[Any, Any]]] = {
         "bert": lambda: (hf.BertModel(hf.BertConfig(**SIZES)), both),
         "roberta": lambda: (
@@ -75,8 +76,42 @@ def make(kind: str) -> tuple[Any, Any]:
                                              vision_config={**VISION, "num_patches": 4})),
             hf.Siglip2Tokenizer(vocab=pieces, merges=[], model_max_length=16, add_eos_token=True),
         ),
+        "metaclip2": lambda: (
+            hf.MetaClip2Model(hf.MetaClip2Config(text_config=clip_text, vision_config=clip_vision, projection_dim=16)),
+            both,
+        ),
+        "altclip": lambda: (
+            hf.AltCLIPModel(hf.AltCLIPConfig(text_config={**offset, "project_dim": 20}, vision_config=clip_vision,
+                                             projection_dim=16)),
+            both,
+        ),
+        "chinese-clip": lambda: (
+            hf.ChineseCLIPModel(hf.ChineseCLIPConfig(text_config=clip_text, vision_config=clip_vision,
+                                                     projection_dim=16)),
+            both,
+        ),
+        "align": lambda: (
+            hf.AlignModel(hf.AlignConfig(
+                text_config={**SIZES, "pad_token_id": 0}, projection_dim=16,
+                vision_config={"hidden_dim": 32, "image_size": 16, "depthwise_padding": [], "in_channels": [32],
+                               "out_channels": [16], "kernel_sizes": [3], "strides": [1], "num_block_repeats": [1],
+                               "expand_ratios": [1], "width_coefficient": 1.0, "depth_coefficient": 1.0},
+            )),
+            both,
+        ),
+        "clap": lambda: (
+            hf.ClapModel(hf.ClapConfig(
+                text_config={**offset, "projection_dim": 12}, projection_dim=12,
+                audio_config={"hidden_size": 16, "patch_embeds_hidden_size": 8, "depths": [1, 1],
+                              "num_hidden_layers": 2, "num_attention_heads": [1, 2], "num_mel_bins": 16,
+                              "spec_size": 32, "window_size": 2, "patch_size": 4, "patch_stride": [4, 4],
+                              "projection_dim": 12},
+            )),
+            both,
+        ),
     }  # fmt: skip
     return models[kind]()
 
 
-KINDS = ("bert", "roberta", "gpt2", "llama", "t5", "t5-encoder", "clip", "clip-narrow", "siglip", "siglip2")
+JOINT = ("metaclip2", "altclip", "chinese-clip", "align", "clap")
+KINDS = ("bert", "roberta", "gpt2", "llama", "t5", "t5-encoder", "clip", "clip-narrow", "siglip", "siglip2", *JOINT)

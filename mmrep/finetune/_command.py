@@ -1,0 +1,70 @@
+"""What ``mmrep merge`` and ``mmrep sweep`` do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmrep.config import ConfigError
+from mmrep.finetune.merge import add_task_vectors, interpolate, soup
+from mmrep.finetune.sweep import sweep as measure
+from mmrep.finetune.sweep import write_sweep
+from mmrep.hub.folder import load
+from mmrep.hub.start import model_folder
+from mmrep.model import Model
+from mmrep.results import results_markdown
+from mmrep.run import open_run
+
+
+def merge(models: Sequence[str], out: Path, *, alpha: float | None, base: str | None, scale: Sequence[float]) -> str:
+    """Merge saved models into a folder; returns what was done.
+
+    Raises:
+        ConfigError: options that do not go together, a folder that is there, or models that cannot be merged.
+    """
+    problems = []
+    if out.exists():
+        problems.append(f"--out: {out} exists already; it is not overwritten")
+    if alpha is not None and base is not None:
+        problems.append("--alpha interpolates two models and --base adds task vectors: give one of them")
+    elif alpha is not None and len(models) != 2:
+        problems.append(f"--alpha: interpolates two models, got {len(models)}; leave it out for the mean of all")
+    elif base is None and len(models) < 2:
+        problems.append("merge: name two models at least, or --base")
+    if base is None and scale:
+        problems.append("--scale: goes with --base")
+    if base is not None and scale and len(scale) != len(models):
+        problems.append(f"--scale: {len(scale)} for {len(models)} models; give one for each, in their order")
+    if problems:
+        raise ConfigError(problems)
+    named = " ".join(models)
+    loaded = [_load(name) for name in models]
+    if alpha is not None:
+        merged, how = interpolate(loaded[0], loaded[1], alpha), f"{named} --alpha {alpha:g}"
+    elif base is not None:
+        scales = list(scale) or [1 / len(models)] * len(models)
+        merged = add_task_vectors(_load(base), loaded, scales)
+        how = f"{named} --base {base} " + " ".join(f"--scale {value:g}" for value in scales)
+    else:
+        merged, how = soup(loaded), named
+    merged.save_pretrained(out, model_card_kwargs={"recipe": f"mmrep merge {how}"})
+    return f"{how} → {out}"
+
+
+def sweep(start: str, run: Path, names: list[str] | None, steps: int, out: Path) -> str:
+    """Measure the points between two models; returns the results as text.
+
+    Raises:
+        ConfigError: no such model, run or evaluation, or fewer than one step.
+    """
+    if steps < 1:
+        raise ConfigError([f"--steps: 1 or more, got {steps}"])
+    opened = open_run(run)
+    points = measure(opened, _load(start), alphas=[i / steps for i in range(steps + 1)], evaluations=names)
+    page = write_sweep(points, out, about=f"{start} (alpha 0) and {run} (alpha 1).")
+    text = [f"## alpha {point.alpha:g}\n\n{results_markdown(point.results)}" for point in points]
+    return "\n\n".join([*text, str(page)])
+
+
+def _load(name: str) -> Model:
+    return load(model_folder(name))

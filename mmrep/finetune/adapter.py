@@ -1,0 +1,96 @@
+"""Adapters: a few new weights inside an encoder whose own weights rest."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Collection
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from mmrep.encoder import Encoder
+from mmrep.layers import known
+from mmrep.registry import near
+
+if TYPE_CHECKING:
+    from mmrep.model import Model
+
+
+class Adapter:
+    """Puts new weights into an encoder, in place; registered under ``mmrep.adapters``.
+
+    It is put in when a tower is built, with the encoder's weights in place, and with the same config it always puts
+    them in the same places, under the same names: that is how a saved model is loaded.
+
+    Args:
+        config: its own.
+    """
+
+    Config: ClassVar[type]
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def apply(self, encoder: Encoder) -> None:
+        """Change the encoder. Afterwards exactly what is to be trained of it has ``requires_grad``.
+
+        Raises:
+            ValueError: a pattern matches nothing that can be adapted.
+        """
+        raise NotImplementedError
+
+    def base_names(self, encoder: Encoder) -> dict[str, str]:
+        """Of an encoder that has the adapter: its own weights' names by the names they now have in its state."""
+        raise NotImplementedError
+
+    def settle(self, encoder: Encoder) -> None:
+        """Begin anew from the encoder's own weights, which were replaced after `apply`. Default: nothing to do."""
+
+    def merge(self, encoder: Encoder) -> None:
+        """Take the adapter out again; the encoder's own weights change so that it computes the same."""
+        raise NotImplementedError
+
+
+def merged(model: Model, towers: Collection[str] | None = None) -> Model:
+    """An equal model without adapters: their weights are added to those of the encoders. ``model`` stays as it is.
+
+    Args:
+        model: any model.
+        towers: which towers' adapters; None = all.
+
+    Returns:
+        A copy whose config knows no adapter any more, so that it is saved, loaded and trained as any other model.
+    """
+    made, changed = copy.deepcopy(model), dict(model.config.towers)
+    for name, config in model.config.towers.items():
+        if config.adapter is None or (towers is not None and name not in towers):
+            continue
+        tower = made.tower(name)
+        assert tower.adapter is not None
+        with torch.no_grad():
+            tower.adapter.merge(tower.encoder)
+        # Patterns may have named weights of the adapter, and what rests for its sake alone need not rest any more.
+        frozen = False if isinstance(config.frozen, list) else config.frozen
+        changed[name] = dataclasses.replace(config, adapter=None, frozen=frozen)
+        tower.adapter = None
+        for parameter_name, parameter in tower.named_parameters():
+            parameter.requires_grad_(parameter_name in tower.trained_alone)
+        tower.configure(changed[name])
+    made.config = dataclasses.replace(model.config, towers=changed)
+    return made
+
+
+def matching(patterns: Collection[str], allowed: dict[str, Any], what: str) -> list[str]:
+    """Names of ``allowed`` that match some pattern, each of which must match one.
+
+    Raises:
+        ValueError: one does not; ``what`` says whose it is.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in allowed):
+            raise ValueError(
+                f"{what}: nothing that it could name matches {pattern!r}{near(pattern, known([*allowed]))}"
+            )
+    return [name for name in allowed if any(fnmatchcase(name, pattern) for pattern in patterns)]

@@ -1,0 +1,1 @@
+"""Models of ours in the layout of other libraries: one file for each target."""
