@@ -116,3 +116,20 @@ def test_another_architecture_is_refused_before_anything_is_written(trained, tmp
 def test_what_is_no_saved_model_is_refused(trained, tmp_path):
     with pytest.raises(ConfigError, match=r"start: .*no config\.json"):
         read_recipe(str(second(trained, start=str(tmp_path))))
+
+
+def test_an_adapter_is_added_in_one_run_and_ends_in_the_next(trained, tmp_path):
+    data = yaml.safe_load((trained / "first.yaml").read_text())
+    short = {**data["train"], "steps": 2}
+    added = {**data, "start": str(trained / "first"), "train": short, "evaluations": {}, "model": {
+        "towers": {"text": {"adapter": {"type": "lora", "rank": 2}}, "image": {"frozen": "tower"}}}}  # fmt: skip
+    Run(read_recipe(added), tmp_path / "added").train()
+    model = mmrep.load(tmp_path / "added/model")
+    assert model.config.towers["text"].adapter is not None
+    before = mmrep.load(trained / "first/model")
+    np.testing.assert_array_equal(model.encode(SAMPLES["image"], "image"), before.encode(SAMPLES["image"], "image"))
+    assert (model.encode(SAMPLES["text"], "text") != before.encode(SAMPLES["text"], "text")).any()
+    ended = {**added, "start": str(tmp_path / "added"), "model": {"towers": {"text": {"adapter": None}}}}
+    fresh = Run(read_recipe(ended)).untrained()
+    assert fresh.state_dict().keys() == before.state_dict().keys()
+    np.testing.assert_allclose(fresh.encode(SAMPLES["text"], "text"), model.encode(SAMPLES["text"], "text"), atol=2e-6)
