@@ -20,6 +20,7 @@ from mmrep.config import ConfigError, component, parse
 from mmrep.embed.store import tower_digest
 from mmrep.finetune._attention import CalledAttention
 from mmrep.finetune.adapter import merged
+from mmrep.finetune.lora import _inside, _is_linear
 from mmrep.hub.start import Start
 from mmrep.model import Model, ModelConfig, parameter_counts
 from mmrep.registry import MissingPackageError
@@ -158,6 +159,20 @@ def test_torchs_attention_of_called_layers_is_the_same(mask, batch_first):
     assert ours.original() is theirs
     with pytest.raises(ValueError, match="self-attention only"):
         ours(x, x.clone(), x)
+
+
+def test_what_an_attention_holds_that_cannot_be_replaced_is_no_target():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, add_zero_attn=True)
+            self.linear = nn.Linear(8, 8)
+
+        def layer_modules(self):
+            return [self]
+
+    assert not CalledAttention.can_replace(Block().attention)
+    assert [name for name, _ in _inside(Block(), _is_linear)] == ["linear"]
 
 
 def test_weights_that_the_encoder_passes_by_are_refused(monkeypatch):

@@ -21,14 +21,14 @@ from tests import toys  # noqa: F401
 from tests.training.toys import lines, tensors
 
 
-def build(folder, *, workers=0, seed=0, callbacks=(), steps=12, **optim):
+def build(folder, *, workers=0, seed=0, callbacks=(), steps=12, adapter=None, **optim):
     generator = torch.Generator().manual_seed(1)
     columns = {name: [torch.randn(1 + i % 3, generator=generator).tolist() for i in range(21)] for name in "xy"}
     columns["x"][4] = None  # missing
     columns["y"][9] = "broken"
     columns["id"] = [f"s{i}" for i in range(21)]
     towers = {
-        "a": TowerConfig(encoder=component("encoders", "toy", dropout=0.2)),
+        "a": TowerConfig(encoder=component("encoders", "toy", dropout=0.2), adapter=adapter),
         "b": TowerConfig(encoder=component("encoders", "toy"), frozen=True),
     }
     torch.manual_seed(seed)
@@ -85,6 +85,19 @@ def test_groups_of_learning_rates_that_begin_later_resume_bitwise(tmp_path, cut)
     resumed.fit(resume=True)
     a, b = tensors(first), tensors(resumed)
     assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_an_adapter_with_dropout_resumes_bitwise(tmp_path):
+    adapter = component("adapters", "lora", rank=2, dropout=0.3, dora=True, also=["embed.*"])
+    (first := build(tmp_path / "first", adapter=adapter)).fit()
+    with pytest.raises(InterruptedError):
+        build(tmp_path / "second", callbacks=[Kill(7)], adapter=adapter).fit()
+    resumed = build(tmp_path / "second", seed=9, adapter=adapter)
+    resumed.fit(resume=True)
+    a, b = tensors(first), tensors(resumed)
+    assert a.keys() == b.keys()
+    assert any(".lora_magnitude_vector." in name for name in a)
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
