@@ -142,7 +142,10 @@ def _angle(s: Tensor, t: Tensor, rows: slice, world: World, options: dict[str, f
     def differ(part: Tensor, s: Tensor) -> Tensor:
         cosines: list[Tensor] = []
         for points in (s, t):
-            sides = F.normalize(points[None] - points[part, None], dim=2)
+            gaps, sizes = points[None] - points[part, None], points.detach().norm(dim=1)
+            # The difference of two equal points is rounding, whose direction would be noise.
+            floor = 1e3 * torch.finfo(points.dtype).eps * (sizes[None] + sizes[part, None])
+            sides = F.normalize(gaps, dim=2) * (gaps.detach().norm(dim=2) > floor)[..., None]
             cosines.append(sides @ sides.transpose(1, 2))
         return F.smooth_l1_loss(cosines[0], cosines[1], reduction="sum")
 

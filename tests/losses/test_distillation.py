@@ -116,6 +116,15 @@ def test_few_rows_equal_rows_and_short_formats_give_no_nan(kind):
     assert loss(kind, half, half).dtype == torch.float32
 
 
+def test_trap_the_direction_between_equal_points_is_not_the_noise_of_rounding():
+    student = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    teacher = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
+    teacher[3] = teacher[1]
+    exact = relational(student, teacher, "angle")
+    teacher[3] += 3e-7 * torch.randn(6, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(relational(student, teacher, "angle"), exact, rtol=1e-5, atol=1e-6)
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="in one space"):
         pointwise(torch.ones(3, 4), torch.ones(3, 5), "cosine")
