@@ -9,7 +9,7 @@ from mmrep.config import ConfigError
 from mmrep.finetune.merge import add_task_vectors, interpolate, soup
 from mmrep.finetune.sweep import sweep as measure
 from mmrep.finetune.sweep import write_sweep
-from mmrep.hub.folder import load
+from mmrep.hub.load import load
 from mmrep.hub.start import model_folder
 from mmrep.model import Model
 from mmrep.results import results_markdown

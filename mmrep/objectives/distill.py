@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmrep.config import ConfigError, config
-from mmrep.hub.folder import ModelFolderError, load
+from mmrep.hub.fetch import ModelFolderError
+from mmrep.hub.load import load
 from mmrep.hub.start import model_folder
 from mmrep.losses.distillation import pointwise, relational
 from mmrep.model import Model, Tower

@@ -120,7 +120,6 @@ def test_what_is_no_saved_model_is_refused(trained, tmp_path):
         read_recipe(str(second(trained, start=str(tmp_path))))
 
 
-<<<<<<< HEAD
 def test_a_run_begins_from_another_librarys_checkpoint(trained, tmp_path):
     """A CLIP of transformers: both towers, their projections and the scale; then it trains and saves like any model."""
     model, _ = image_tiny_hf.save("clip", tmp_path / "clip")
@@ -151,7 +150,8 @@ def test_a_start_that_is_no_checkpoint_says_why(trained, tmp_path):
     (tmp_path / "empty" / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ConfigError, match=r"start: .*holds no model weights"):
         read_recipe(str(second(trained, start=str(tmp_path / "empty"))))
-=======
+
+
 def test_an_adapter_is_added_in_one_run_and_ends_in_the_next(trained, tmp_path):
     data = yaml.safe_load((trained / "first.yaml").read_text())
     short = {**data["train"], "steps": 2}
@@ -167,4 +167,3 @@ def test_an_adapter_is_added_in_one_run_and_ends_in_the_next(trained, tmp_path):
     fresh = Run(read_recipe(ended)).untrained()
     assert fresh.state_dict().keys() == before.state_dict().keys()
     np.testing.assert_allclose(fresh.encode(SAMPLES["text"], "text"), model.encode(SAMPLES["text"], "text"), atol=2e-6)
->>>>>>> tune
