@@ -7,7 +7,7 @@ statistics are of the rows of all processes. No gradient reaches the teacher.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -136,16 +136,22 @@ def _distance(s: Tensor, t: Tensor, rows: slice, world: World, options: dict[str
     return F.smooth_l1_loss(scaled[0], scaled[1], reduction="sum") * (world.size / n**2)
 
 
+def _norm(x: Tensor) -> Tensor:
+    """The length of the vectors along the last dimension."""
+    return cast(Tensor, cast(Any, torch.linalg).vector_norm(x, dim=-1))
+
+
 def _angle(s: Tensor, t: Tensor, rows: slice, world: World, options: dict[str, float]) -> Tensor:
     n = len(s)
 
     def differ(part: Tensor, s: Tensor) -> Tensor:
         cosines: list[Tensor] = []
         for points in (s, t):
-            gaps, sizes = points[None] - points[part, None], points.detach().norm(dim=1)
+            gaps: Tensor = points[None] - points[part, None]
+            sizes, far = _norm(points.detach()), _norm(gaps.detach())
             # The difference of two equal points is rounding, whose direction would be noise.
             floor = 1e3 * torch.finfo(points.dtype).eps * (sizes[None] + sizes[part, None])
-            sides = F.normalize(gaps, dim=2) * (gaps.detach().norm(dim=2) > floor)[..., None]
+            sides: Tensor = F.normalize(gaps, dim=2) * (far > floor)[..., None]
             cosines.append(sides @ sides.transpose(1, 2))
         return F.smooth_l1_loss(cosines[0], cosines[1], reduction="sum")
 
