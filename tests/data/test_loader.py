@@ -250,7 +250,7 @@ def test_many_memoised_items_need_few_file_descriptors():
     n = 600
     source = Records.from_lists(caption=[f"number {i}" for i in range(n)])
     reader = make_reader(views={}, memoised=["caption"], group=False)
-    del reader.encoders["image"]
+    del reader.encoders["image"], reader.columns["image"]
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
     try:

@@ -212,7 +212,7 @@ class Uneven(Source):
 
 def _streamed(folder, name, last):
     changes = ["train.steps=null", "train.epochs=2", "optim.schedule={shape: constant}", "train.batch_size=4",
-               "evaluations={}", "monitor=[]"]  # fmt: skip
+               "evaluations={}", "monitor=[]", "optim.groups=[]"]  # fmt: skip
     run = run_of(folder, name, *changes)
     run.__dict__["train_source"] = Uneven(run.train_source, last)
     steps = []
