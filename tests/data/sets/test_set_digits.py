@@ -23,7 +23,8 @@ def test_pictures_and_labels_are_those_of_scikit_learn():
 
 
 def test_parts_are_disjoint_and_together_all():
-    parts = {split: {build(split)[i].id for i in range(len(build(split)))} for split in ("train", "validation", "test")}
+    sources = {split: build(split) for split in ("train", "validation", "test")}
+    parts = {split: {source[i].id for i in range(len(source))} for split, source in sources.items()}
     assert sum(map(len, parts.values())) == len(set().union(*parts.values())) == 1797
     assert abs(len(parts["test"]) / 1797 - 0.2) < 0.04
-    assert {build("test")[i].label for i in range(100)} == set(range(10))
+    assert {sources["test"][i].label for i in range(100)} == set(range(10))
