@@ -90,6 +90,44 @@ def test_the_loss_is_a_loop_over_samples_and_classes(kept):
     assert ours.abs().max() > 1e-4
 
 
+PROMPTS = {
+    "red disc": ("a round red thing", "something like a coin, red", "zzzz 0000 ////"),
+    "blue bar": ("a long blue thing", "a stick of blue", "qqqq 1111 ----"),
+    "frame": ("the border of a picture", "a thin square line", "!!!! ???? ****"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("outliers", [0.9, 100.0])
+def test_prompts_of_each_class_and_those_that_stand_out_are_left_out(outliers):
+    root = build(near=0.5, same=2.0, near_prompts=PROMPTS, outliers=outliers).double()
+    root.fit(lambda field: [])
+    model, given = root.model, batch(root)
+    tower, pictures = model.tower("text"), model.tower("image")
+    inner, texts = tower.encoder.inner, []
+    for place in range(3):  # scores: for each prompt, what its best class says of a sample, on average
+        row = []
+        for name in CLASSES:
+            inputs = inner.collate([inner.prepare(PROMPTS[name][place])])
+            row.append(F.normalize(tower.project(tower.pool(inner(inputs)))[0].detach(), dim=0))
+        texts.append(torch.stack(row))
+    rows = [row for row, i in enumerate([0, 1, 2, 4, 5]) if LABELS[i] is not None]
+    items = F.normalize(pictures({"pixels": given.inputs["x"][0]["pixels"][rows]}), dim=1)
+    scores = torch.stack([(items @ t.T).max(1).values.mean() for t in texts]).detach()
+    z = (scores - scores.median()) / (scores - scores.median()).abs().median()
+    kept = ((z - z.mean()) / z.std()).abs() <= outliers
+    assert kept.sum() == (2 if outliers < 1 else 3)
+
+    before = F.normalize(torch.stack([t for t, k in zip(texts, kept, strict=True) if k]).mean(0), dim=1)
+    everything = F.normalize(torch.stack(texts).mean(0), dim=1)
+    now = root.objectives["classify"].classes()
+    scale = model.temperature("default").scale
+    logits, old = scale * items @ now.T, (scale * items @ before.T).softmax(1)
+    wanted = F.cross_entropy(logits, torch.tensor([CLASSES.index(LABELS[i]) for i in (0, 2, 4, 5)]))
+    wanted = wanted + 2.0 * (old * (old.log() - logits.log_softmax(1))).sum(1).mean()
+    wanted = wanted + 0.5 * ((now - everything) ** 2).sum() / len(CLASSES)
+    torch.testing.assert_close(root(given)["loss"], wanted)
+
+
 def test_only_the_prompt_learns_and_it_learns():
     root = build()
     trained = {name for name, p in root.named_parameters() if p.requires_grad}
@@ -122,6 +160,10 @@ def test_a_rank_without_the_field_and_a_batch_without_labels():
     ({"text": "txt"}, "did you mean 'text'"),
     ({"classes": ("a", "a")}, "one is named twice"),
     ({"temperature": "defalt"}, "did you mean 'default'"),
+    ({"outliers": 1.5}, "same is 0"),
+    ({"near": 1.0, "near_prompts": {"red disc": ("a",), "blue bar": ("b",)}}, "no texts of 'frame'"),
+    ({"near": 1.0, "near_prompts": {**dict.fromkeys(CLASSES, ("a",)), "frme": ("b",)}}, "did you mean 'frame'"),
+    ({"near": 1.0, "near_prompts": {**dict.fromkeys(CLASSES, ("a",)), "frame": ("b", "c")}}, "as many texts"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(wrong, message):
     with pytest.raises(ConfigError, match=message):
