@@ -73,6 +73,7 @@ class PromptTunedText(Encoder):
         if bad := [word for word, ids in zip(config.words, names, strict=True) if not ids]:
             raise ValueError(f"words: the tokenizer leaves nothing of {bad[0]!r}")
         self.length_of_context = len(start)
+        self.context_width = table.embedding_dim if start else 0
         self._names = sorted(_numbered(names, self.vocabulary + len(start)), key=lambda pair: -len(pair[0]))
         began = [*start, *(piece for ids in names for piece in ids)]
         values = 0.02 * torch.randn(len(began), table.embedding_dim)
@@ -142,12 +143,17 @@ class PromptTunedText(Encoder):
         return len(item["ids"])
 
     def tokenize(self, inputs: Inputs) -> Tokens:
-        """As the inner encoder, with learned vectors where ids are places of them."""
+        """As the inner encoder, with learned vectors where ids are places of them.
+
+        ``inputs["shift"]``, if there, is added to every context vector of a text: float [B, context_width].
+        """
         table = self.inner.vectors()
         assert table is not None, "it was refused"
         places = inputs["ids"] - self.vocabulary
         known = {**inputs, "ids": torch.where(places >= 0, self.inner.pad_id, inputs["ids"])}
-        handle = table.register_forward_hook(partial(_put, learned=self.learned, places=places))
+        shift = known.pop("shift", None)
+        moved = None if shift is None else shift[:, None] * (places < self.length_of_context)[..., None]
+        handle = table.register_forward_hook(partial(_put, learned=self.learned, places=places, moved=moved))
         try:
             tokens = self.inner.tokenize(known)
             return Tokens(tokens.values, tokens.grid)  # what is learned is not to be hidden
@@ -179,7 +185,10 @@ def _numbered(names: list[list[int]], first: int) -> list[tuple[list[int], list[
     return found
 
 
-def _put(table: nn.Module, arguments: Any, values: Tensor, *, learned: Tensor, places: Tensor) -> Tensor:
+def _put(
+    table: nn.Module, arguments: Any, values: Tensor, *, learned: Tensor, places: Tensor, moved: Tensor | None
+) -> Tensor:
     """What the table gives, with learned vectors at their places."""
     chosen = learned[places.clamp_min(0)] if len(learned) else torch.zeros_like(values)
+    chosen = chosen if moved is None else chosen + moved
     return torch.where((places >= 0)[..., None], chosen.to(values.dtype), values)
