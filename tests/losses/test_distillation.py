@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from mmrep.losses import distillation
+from mmrep.losses._dominance import violations
 from mmrep.losses.distillation import pointwise, relational
 from mmrep.training.collectives import world
 from tests.ranks import run_ranks
@@ -92,13 +95,54 @@ def test_it_is_zero_for_the_same_relations_whatever_the_width(kind):
     assert found.abs().item() < 1e-12
 
 
-@pytest.mark.parametrize("kind", ["angle", "rank"])
-def test_blocks_change_nothing(kind, monkeypatch):
+def test_blocks_change_nothing(monkeypatch):
     student, teacher = pair(width=6)
-    whole = torch.autograd.grad(relational(student, teacher, kind), student)[0]
+    whole = torch.autograd.grad(relational(student, teacher, "angle"), student)[0]
     monkeypatch.setattr(distillation, "_BLOCK", 60)
-    parts = torch.autograd.grad(relational(student, teacher, kind), student)[0]
+    parts = torch.autograd.grad(relational(student, teacher, "angle"), student)[0]
     torch.testing.assert_close(parts, whole)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1, 0.7])
+def test_ranks_with_ties_of_the_teacher_equal_the_loops_at_any_margin(margin):
+    student, _ = pair(seed=3)
+    teacher = torch.eye(4, dtype=torch.float64)[[0, 1, 2, 0, 1, 0, 3]]  # of some, products are rounded to nothing else
+    found, expected = relational(student, teacher, "rank", margin=margin), twin(student, teacher, "rank", margin=margin)
+    torch.testing.assert_close(found, expected)
+    mine, theirs = (torch.autograd.grad(x, student)[0] for x in (found, expected))
+    torch.testing.assert_close(mine, theirs)
+
+
+def test_trap_equal_rows_of_the_teacher_are_ties_however_their_products_are_rounded():
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(6, 200, generator=generator)[torch.arange(48) // 8]
+    student = torch.randn(48, 8, generator=generator)
+    swapped = student.reshape(6, 8, 8).flip(1).reshape(48, 8)  # among those that have one teacher
+    found, same = (relational(x, teacher, "rank", margin=0.0) for x in (student, swapped))
+    torch.testing.assert_close(found, same, rtol=1e-6, atol=0)
+
+
+def test_pairs_of_pairs_are_counted_as_a_loop_counts_them_whatever_ties():
+    """Also where `own - margin` and `own + margin` round to different sides: a pair counts for both members."""
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(20):
+        own = (torch.randint(0, 12, (40,), generator=generator) / 10).float()
+        wanted = torch.randint(0, 3 + 2 * trial, (40,), generator=generator).float()
+        mine = torch.arange(40)[trial % 3 :: 2]
+        found = violations(own, wanted, 0.1, mine)
+        bad = (wanted[:, None] > wanted) & (own > (own - 0.1)[:, None])
+        ties = (wanted[:, None] == wanted).sum(1) - 1
+        for one, expected in zip(found, (bad.sum(1), bad.sum(0), ties), strict=True):
+            assert one.tolist() == expected[mine].tolist()
+
+
+def test_ranks_of_five_hundred_rows_take_no_time():
+    """All 4e9 pairs of pairs: a loop over them is minutes."""
+    teacher = torch.randn(500, 8, generator=torch.Generator().manual_seed(0))
+    begin = time.process_time()
+    found = relational(teacher, teacher, "rank", margin=0.0)
+    assert time.process_time() - begin < 5
+    assert found < 1e-7
 
 
 @pytest.mark.parametrize("kind", ["cosine", "mse", *KINDS])
