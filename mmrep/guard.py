@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Annotated
 
 import torch
+import torch.distributed as dist
 from pydantic import Field
 
 from mmrep.config import ConfigError, config
@@ -55,7 +56,7 @@ class Guard(Callback):
         """Measure the model as it is before the first step; a resumed run reads that from its metrics.
 
         Raises:
-            ConfigError: the evaluation has no such figure.
+            ConfigError: on every process, if the evaluation has no such figure.
         """
         kept = self._kept(trainer)
         if world().sum(torch.tensor([kept is not None], dtype=torch.long, device=trainer.device)).item():
@@ -65,8 +66,18 @@ class Guard(Callback):
             results = self.run.evaluate([self.config.evaluation], self.run.untrained(), together=True)
         else:
             results = self._measure()
+        problems: list[str] = []
         if trainer.is_main:
-            self._before = self._figure(results)
+            try:
+                self._before = self._figure(results)
+            except ConfigError as error:
+                problems = error.problems
+        told = [problems]
+        if world().size > 1:
+            dist.broadcast_object_list(told, 0)
+        if told[0]:
+            raise ConfigError(told[0])
+        if trainer.is_main:
             trainer.metrics.write({"step": 0, "epoch": 0.0, **figures_of(results)})
 
     def on_eval(self, trainer: Trainer, step: int) -> dict[str, float] | None:

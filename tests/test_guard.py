@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from mmrep.config import ConfigError
+from mmrep.guard import Guard, GuardConfig
 from mmrep.recipe import read_recipe
 from mmrep.run import Run
+from mmrep.training.collectives import world as here
 from mmrep.training.errors import GuardError
+from tests.ranks import run_ranks
 from tests.world import make_world, write_recipe
 
 SHORT = {"train.eval_every": 4, "train.steps": 12, "train.log_every": 1, "train.save_every": "null"}
@@ -99,3 +104,22 @@ def test_a_figure_that_is_not_there_is_told_before_the_first_step(world, tmp_pat
     with pytest.raises(ConfigError, match=words):
         run(world, tmp_path / "e", guard).train()
     assert not (tmp_path / "e" / "metrics.jsonl").exists()
+
+
+def wrong_name_on_ranks():
+    """Only the first process has the figures, and all must refuse the name."""
+    row = {"who": "model", "accuracy": 0.5}
+    found = {"knn": {"type": "knn", "data": None, "rows": [row]}} if here().rank == 0 else {}
+    run = SimpleNamespace(trained=lambda root: nullcontext(), evaluate=lambda *a, **b: found)
+    trainer = SimpleNamespace(step=0, device="cpu", is_main=here().rank == 0, metrics=SimpleNamespace(path=None))
+    try:
+        Guard(GuardConfig(evaluation="knn", figure="acuracy", drop=0.1), run, None).on_fit_begin(trainer)
+    except ConfigError as error:
+        return str(error)
+    return "went on"
+
+
+def test_every_process_refuses_a_figure_that_is_not_there(tmp_path):
+    told = run_ranks(wrong_name_on_ranks, 2, tmp_path)
+    assert told == [told[0]] * 2
+    assert "has no 'acuracy'; did you mean 'accuracy'" in told[0]
