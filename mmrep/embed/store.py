@@ -86,14 +86,23 @@ class FeatureStore:
         del self._fresh[folder]
 
 
-def tower_digest(tower: Tower) -> str:
-    """32 hexadecimal digits that identify what a tower's pooled features depend on beside its prepared input."""
+def tower_digest(tower: Tower, *, projected: bool = False) -> str:
+    """32 hexadecimal digits that identify what a tower's pooled features depend on beside its prepared input.
+
+    Args:
+        tower: any.
+        projected: what its embeddings depend on, which is more.
+    """
     digest = blake2b(digest_size=16)
     parts = {"encoder": dump(tower.config.encoder), "pool": dump(tower.config.pool)}
     if tower.config.adapter is not None:  # its weights are in the encoder's state, its alpha is not
         parts["adapter"] = dump(tower.config.adapter)
+    modules = [tower.encoder, tower.pool]
+    if projected:
+        parts |= {"projector": dump(tower.config.projector), "dim": tower.dim, "normalize": tower.normalize}
+        modules.append(tower.projector)
     digest.update(json.dumps(parts, sort_keys=True).encode())
-    for module in (tower.encoder, tower.pool):
+    for module in modules:
         for name, value in sorted(module.state_dict().items()):
             digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())

@@ -59,6 +59,7 @@ class RunState:
         settings: config by section, to tell what a resume changed; ``train.seed`` is read.
         keep: how many checkpoints stay.
         before_save: writes, on every process, what the root keeps beside its state and a resumed run must find.
+        outside: digests by name of what the root reads and no checkpoint holds (the teachers of a distillation).
         failed: saves in a row that failed.
     """
 
@@ -71,6 +72,7 @@ class RunState:
     settings: Mapping[str, Mapping[str, Any]]
     keep: int
     before_save: Callable[[], None] = lambda: None
+    outside: Callable[[], Mapping[str, str]] = dict
     failed: int = field(default=0, init=False)
 
     def save(self, counters: Counters, *, last: bool = True) -> Path | None:
@@ -101,6 +103,7 @@ class RunState:
             "processes": self.engine.num_processes,
             "scaler": None if scaler is None else scaler.state_dict(),
             "settings": self.settings,
+            "outside": dict(self.outside()),
         }
         try:
             _agree(self._tried(self.before_save, counters.step))
@@ -162,8 +165,8 @@ class RunState:
         numbers start from seed, step and rank.
 
         Raises:
-            ResumeError: on every process, if it was written for other weights or other data, or holds a stream and was
-                written by another number of processes.
+            ResumeError: on every process, if it was written for other weights or other data or beside other teachers,
+                or holds a stream and was written by another number of processes.
         """
         failure = counters = None
         try:
@@ -181,6 +184,7 @@ class RunState:
                 f"{path} was written by {before} processes and this run has {now}: each reads a part of the stream of "
                 f"its own, and other parts would hold some samples twice and others never; start {before} processes"
             )
+        self._compare_outside(path, state.get("outside", {}))
         self._tell_changes(path, state)
         load_module(self.root, checkpoint.load_packet(path, "module"))
         load_optimizer(self.optimizer, self.root, checkpoint.load_packet(path, "optimizer"))
@@ -202,6 +206,16 @@ class RunState:
         self.metrics.load_merged(windows, open_samples, self.engine.device)
         rng.reseed(self.settings["train"]["seed"], old[0].step, rank)
         return replace(old[0], samples=_share(sum(c.samples for c in old), rank, now))
+
+    def _compare_outside(self, path: Path, before: Mapping[str, str]) -> None:
+        if not before:
+            return
+        now = self.outside()
+        if changed := [name for name, digest in before.items() if now.get(name) != digest]:
+            raise ResumeError(
+                f"{path} was written beside another {' and another '.join(map(repr, changed))}: its weights or its "
+                "config have changed since. Put the model back that the run began with, or begin a new run"
+            )
 
     def _tell_changes(self, path: Path, state: Mapping[str, Any]) -> None:
         if not self.engine.is_main_process:

@@ -36,7 +36,7 @@ class Trainer:
     Args:
         root: ``root(batch) -> {"loss": scalar, named parts}``, with a method ``after_optimizer_step()``. It is given
             the ``clock`` of each step. If it has ``before_save()``, that is called on every process before a checkpoint
-            is written.
+            is written; if it has ``outside()``, its digests are written, and a run resumed with others is refused.
         loader: batches of this process.
         train: length, precision, intervals.
         optim: optimizer and schedule.
@@ -104,7 +104,7 @@ class Trainer:
         self._state = RunState(
             self.checkpoints, self.accelerator, root, self.optimizer, loader, self.metrics,
             settings={"train": dump(train), "optim": dump(optim)}, keep=train.keep,
-            before_save=getattr(root, "before_save", lambda: None),
+            before_save=getattr(root, "before_save", lambda: None), outside=getattr(root, "outside", dict),
         )  # fmt: skip
 
     @property
