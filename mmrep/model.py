@@ -39,7 +39,8 @@ class ModelConfig:
     """dim: size of the common space. towers: by name; the name is usually the modality.
 
     normalize: embeddings have unit length. temperatures: by name; objectives refer to them. fusions: by name; in
-    objectives and evaluations such a name stands where a field does.
+    objectives and evaluations such a name stands where a field does. reductions: smaller dimensions in which embeddings
+    of this space can be had, each by a linear map of its own, see `Model.reduce`; `distill` trains them.
     """
 
     dim: Annotated[int, Field(ge=1)]
@@ -47,12 +48,19 @@ class ModelConfig:
     normalize: bool = True
     temperatures: dict[str, TemperatureConfig] = field(default_factory=lambda: {"default": TemperatureConfig()})
     fusions: dict[str, FusionConfig] = field(default_factory=dict[str, FusionConfig])
+    reductions: tuple[Annotated[int, Field(ge=1)], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.towers:
             raise ValueError("a model needs at least one tower")
         modalities = [getattr(tower.encoder.cls, "modality", None) for tower in self.towers.values()]
         problems = [f"model.fusions.{name}: a tower has this name" for name in self.fusions if name in self.towers]
+        problems += [
+            f"model.reductions: {width} is not smaller than the space, which has {self.dim} dimensions"
+            for width in self.reductions if width >= self.dim
+        ]  # fmt: skip
+        if len(set(self.reductions)) < len(self.reductions):
+            problems.append(f"model.reductions: {list(self.reductions)} names one twice")
         for name, fusion in self.fusions.items():
             for member, tower in fusion.of.items():
                 if tower not in self.towers and modalities.count(tower) != 1:
@@ -98,6 +106,7 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
             except ValueError as error:
                 raise ConfigError([f"model.fusions.{name}: {error}"]) from error
         self.fusions = nn.ModuleDict(fusions)
+        self.reductions = nn.ModuleDict({str(width): _prefix(config.dim, width) for width in config.reductions})
 
     @property
     def dim(self) -> int:
@@ -172,6 +181,36 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         out = fusion(values, torch.stack([given.get(member, ~everywhere) for member in fusion.members], 1))
         out = out if out.dtype == torch.float64 else out.float()
         return F.normalize(out, dim=-1) if self.config.normalize else out
+
+    def reduce(self, embeddings: Tensor, width: int, *, normalize: bool | None = None) -> Tensor:
+        """Embeddings of the common space, of whatever tower or fusion, in fewer dimensions.
+
+        By the linear map that ``config.reductions`` has for this width (Stella, Zhang et al. 2024, arXiv:2412.19048);
+        where it has none, the first dimensions (Matryoshka, Kusupati et al. 2022, arXiv:2205.13147). One map serves all
+        modalities, so that what is reduced by it can be compared.
+
+        Args:
+            embeddings: [..., dim].
+            width: at least 1, at most dim.
+            normalize: to unit length; None = as the model does.
+
+        Returns:
+            [..., width], float32 or as wide as ``embeddings``.
+
+        Raises:
+            ValueError: no such width.
+        """
+        if not 1 <= width <= self.dim:
+            raise ValueError(f"a width is between 1 and the model's {self.dim}; got {width}")
+        if width == self.dim:
+            return embeddings
+        reduced = embeddings[..., :width]
+        if str(width) in self.reductions:
+            weight = cast(nn.Linear, self.reductions[str(width)]).weight
+            reduced = F.linear(embeddings, weight.to(embeddings.dtype))
+        reduced = reduced if reduced.dtype == torch.float64 else reduced.float()
+        normalize = self.config.normalize if normalize is None else normalize
+        return F.normalize(reduced, dim=-1) if normalize else reduced
 
     def encode(self, inputs: Raw, modality: str | None = None, **options: Any) -> Embeddings:
         """Embed raw values. See `mmrep.embed.encode.encode` for every option; the names are sentence-transformers'.
@@ -262,6 +301,14 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         from mmrep.hub.card import model_card
 
         return model_card(self, **kwargs)
+
+
+def _prefix(dim: int, width: int) -> nn.Linear:
+    """A map that begins as the first dimensions; it draws no random numbers."""
+    made = nn.Linear(dim, width, bias=False, device="meta").to_empty(device="cpu")
+    with torch.no_grad():
+        made.weight.copy_(torch.eye(width, dim))
+    return made
 
 
 def parameter_counts(model: Model) -> Mapping[str, tuple[int, int]]:

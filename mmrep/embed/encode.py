@@ -54,7 +54,8 @@ def encode(
         show_progress_bar: None = only on a terminal and for more than one batch.
         normalize_embeddings: None = as the model was trained; True / False forces unit length / raw length.
         precision: ``float32``, or a quantised form (needs ``pip install "mmrep[quantize]"``).
-        truncate_dim: keep only the first dimensions, and normalise again if embeddings are normalised.
+        truncate_dim: embeddings of so many dimensions, by the model's reduction to them if it has one, else the first;
+            and normalise again if embeddings are normalised.
         device: where to run; None = where the model is.
         convert_to_tensor: return torch tensors instead of numpy arrays.
 
@@ -117,8 +118,8 @@ def encode(
         if device is not None:
             model.to(home)
     if truncate_dim is not None:
-        found = found[:, :truncate_dim]
-        found = F.normalize(found, dim=-1) if normalize else found
+        with torch.no_grad():
+            found = model.reduce(found.to(home), truncate_dim, normalize=normalize).cpu()
     result: Any = found
     if precision != "float32":
         quantization = require("sentence_transformers.util.quantization", "quantize")

@@ -34,7 +34,7 @@ def encode_fused(
             out is missing everywhere.
         fusion: name of one of the model's fusions.
         normalize_embeddings: None = as the model was trained; True forces unit length.
-        truncate_dim: keep only the first dimensions, and normalise again if embeddings are normalised.
+        truncate_dim: see `mmrep.embed.encode.encode`.
         convert_to_tensor: return a torch tensor instead of a numpy array.
         **options: as `mmrep.embed.encode.encode`, for the members.
 
@@ -78,6 +78,7 @@ def encode_fused(
     finally:
         model.train(was_training)
     normalize = model.config.normalize if normalize_embeddings is None else normalize_embeddings
-    fused = fused if truncate_dim is None else fused[:, :truncate_dim]
     fused = F.normalize(fused, dim=-1) if normalize else fused
+    if truncate_dim is not None:
+        fused = model.reduce(fused.to(model.device), truncate_dim, normalize=normalize).cpu()
     return fused if convert_to_tensor else fused.numpy()

@@ -77,15 +77,23 @@ def load(
 
 @torch.no_grad()
 def fingerprint(model: Model) -> dict[str, list[list[float]]]:
-    """Per tower and fusion, the embeddings of two examples of the encoders concerned, rounded to 6 decimals."""
+    """Per tower, fusion and reduction, the embeddings of two examples of the encoders, rounded to 6 decimals."""
     return {name: _example_embeddings(model, name).round(decimals=6).tolist() for name in _names(model)}
 
 
 def _names(model: Model) -> list[str]:
-    return [*model.towers, *model.fusions]
+    return [*model.towers, *model.fusions, *map(_reduction, model.config.reductions)]
+
+
+def _reduction(width: int) -> str:
+    return f"{width} dimensions"
 
 
 def _example_embeddings(model: Model, name: str) -> torch.Tensor:
+    for width in model.config.reductions:
+        if name == _reduction(width):
+            with torch.no_grad():
+                return model.reduce(_example_embeddings(model, next(iter(model.towers))).to(model.device), width).cpu()
     if name in model.fusions:
         members = {m: _example_embeddings(model, tower) for m, tower in model.config.fusions[name].of.items()}
         was_training = model.fusions.training
@@ -195,7 +203,7 @@ def _check_fingerprint(model: Model, folder: Path) -> None:
         raise ModelFolderError(f"{path} cannot be compared with the model: {error!r}") from error
     off = {name: gap for name, gap in worst.items() if not gap <= _TOLERANCE}
     if off:
-        kind = {name: "tower" if name in model.towers else "fusion" for name in off}
+        kind = {n: "tower" if n in model.towers else "fusion" if n in model.fusions else "reduction to" for n in off}
         gaps = ", ".join(f"{kind[name]} {name} (off by {gap:.2g})" for name, gap in off.items())
         raise ModelFolderError(
             f"{str(folder)!r}: {gaps} does not give the embeddings that it was saved with. Weights, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from typing import Annotated, Literal, cast
 
@@ -41,7 +41,9 @@ class DistillConfig(ObjectiveConfig):
 
     losses: weight by name, see `mmrep.losses.distillation`; ``cosine`` and ``mse`` compare points, through a learned
     linear map where the widths differ, the others relations, for which widths do not matter. temperature, margin: of
-    ``similarity`` and ``rank``. dims: first dimensions of the student that are to do the same work alone (Matryoshka).
+    ``similarity`` and ``rank``. dims: in how many dimensions the student is to do the same work as in all of them: by
+    the map of ``model.reductions``, trained with it and saved with the model, or where there is none by its first
+    dimensions (Matryoshka).
     """
 
     student: str
@@ -75,7 +77,9 @@ class Distill(Objective):
         problems = [f"objectives.distill.{problem}" for problem in _problems(config, model, fields)]
         if problems:
             raise ConfigError(problems)
-        self.__dict__["_teachers"] = _load(config)  # frozen guests: not parameters of this module
+        self.__dict__["_teachers"] = load_teachers(
+            config.teachers, "objectives.distill.teachers"
+        )  # frozen guests: not parameters of this module
         width = sum(guest.tower.dim for guest in self._guests().values())
         self.widths = tuple(dict.fromkeys([model.dim, *config.dims]))
         pointed = {"cosine", "mse"} & config.losses.keys()
@@ -94,6 +98,10 @@ class Distill(Objective):
         """See `Objective.embedded`."""
         return {cast(DistillConfig, self.config).student}
 
+    def reductions(self) -> set[int]:
+        """See `Objective.reductions`."""
+        return {*self.widths}
+
     def forward(self, step: Step) -> dict[str, Tensor]:
         """See `Objective.forward`; a part for each loss, before its weight."""
         config = cast(DistillConfig, self.config)
@@ -102,16 +110,15 @@ class Distill(Objective):
         student = step.embedding(config.student, config.view)[valid]
         target = torch.cat([F.normalize(step.embedding(name)[valid], dim=1) for name in names], 1)
         target = F.normalize(target, dim=1).to(student.dtype)
+        students = {w: student if w == step.model.dim else step.model.reduce(student, w, normalize=True)
+                    for w in self.widths}  # fmt: skip
         total = torch.zeros((), device=step.model.device)
         parts: dict[str, Tensor] = {}
         for kind, weight in config.losses.items():
-            each = [self._compare(kind, self._first(student, width), target, step) for width in self.widths]
+            each = [self._compare(kind, students[width], target, step) for width in self.widths]
             mean = torch.stack(each).mean()
             total, parts[kind] = total + weight * mean, mean.detach()
         return {"loss": total, **parts}
-
-    def _first(self, student: Tensor, width: int) -> Tensor:
-        return student if width == student.shape[1] else F.normalize(student[:, :width], dim=1)
 
     def _compare(self, kind: Kind, student: Tensor, target: Tensor, step: Step) -> Tensor:
         config = cast(DistillConfig, self.config)
@@ -123,12 +130,20 @@ class Distill(Objective):
         return relational(student, target, kind, **options, world=step.world)
 
 
-def _load(config: DistillConfig) -> dict[str, Guest]:
-    """The teachers by a field name of their own; of each model only the towers that are asked are kept."""
+def load_teachers(sources: Sequence[TeacherSource], where: str) -> dict[str, Guest]:
+    """The teachers by a field name of their own; of each model only the towers that are asked are kept.
+
+    Args:
+        sources: what a config says.
+        where: where it stands there, for messages.
+
+    Raises:
+        ConfigError: one cannot be loaded, or is there twice.
+    """
     found: dict[str, Guest] = {}
     models: dict[str, Model] = {}
-    for number, source in enumerate(config.teachers):
-        place = f"objectives.distill.teachers[{number}]"
+    for number, source in enumerate(sources):
+        place = f"{where}[{number}]"
         try:
             if source.model not in models:
                 models[source.model] = load(model_folder(source.model))
@@ -151,7 +166,9 @@ def _load(config: DistillConfig) -> dict[str, Guest]:
 def _problems(config: DistillConfig, model: Model, fields: dict[str, str]) -> Iterator[str]:
     if config.student not in fields:
         yield f"student: unknown {config.student!r}{near(config.student, fields)} Fields: {', '.join(fields)}"
-    elif model.tower(fields[config.student]).config.frozen == "tower":
+    elif model.tower(fields[config.student]).config.frozen == "tower" and not {*config.dims} & {
+        *model.config.reductions
+    }:
         yield f"student: tower {fields[config.student]!r} is frozen whole: it has nothing to learn with"
     for width in config.dims:
         if width >= model.dim:

@@ -78,6 +78,10 @@ class Objective(nn.Module):
         """Fields whose `Step.pooled` it asks for: their tower's pool is trained, but not for that its projector."""
         return set()
 
+    def reductions(self) -> set[int]:
+        """Those of ``model.reductions`` that it trains; the others rest. The default trains none."""
+        return set()
+
     def raw(self) -> set[str]:
         """Fields whose inputs it needs even where their tower is frozen and its features would be kept instead."""
         return set()

@@ -15,6 +15,7 @@ from mmrep.checkpointing import checkpoint_blocks
 from mmrep.config import Component, ConfigError
 from mmrep.data.batch import Batch
 from mmrep.embed.memo import Memo
+from mmrep.embed.store import tower_digest
 from mmrep.encoder import Encoder
 from mmrep.model import Model
 from mmrep.objectives.average import WeightAverage
@@ -85,6 +86,7 @@ class Root(nn.Module):
         self.seen: dict[str, Tensor] = {}
         self.plateaus: dict[str, Tensor] = {}
         self._cached: CachedStep | None = None
+        self._outside: dict[str, str] | None = None
         self._shares = torch.zeros(0, 0)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Root:
@@ -128,6 +130,11 @@ class Root(nn.Module):
                 if any(p.requires_grad for p in part.parameters()):
                     logger.info("tower %s: no objective reads its %s, which rests", name, type(part).__name__)
                 part.requires_grad_(False)
+
+        reduced = {str(w) for objective in self.objectives.values() for w in cast(Objective, objective).reductions()}
+        for width, reduction in self.model.reductions.items():
+            if width not in reduced:
+                reduction.requires_grad_(False)
 
     def fit(self, samples: Callable[[str], Iterable[Any]]) -> None:
         """Let every objective learn what must be known before the first step; see `Objective.fit`.
@@ -230,6 +237,12 @@ class Root(nn.Module):
     def _of_scope(self, *scopes: str) -> dict[str, Objective]:
         found = {name: cast(Objective, module) for name, module in self.objectives.items()}
         return {name: objective for name, objective in found.items() if objective.scope in scopes}
+
+    def outside(self) -> dict[str, str]:
+        """What the run depends on and no checkpoint holds: a digest of each guest, by its field's name."""
+        if self._outside is None:
+            self._outside = {name: tower_digest(guest.tower, projected=True) for name, guest in self.guests.items()}
+        return self._outside
 
     def before_save(self) -> None:
         """Features of frozen towers are part of a run's state: rounded anew, a resumed run would not be the same."""

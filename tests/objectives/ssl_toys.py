@@ -57,7 +57,8 @@ class Noise(View):
         return [value + self.scale * float(e) for value, e in zip(decoded, noise, strict=True)]
 
 
-def build(*objectives, fields=None, momentum=0.5, dropout=0.0, normalize=False, pool="attention", dim=6, seed=0):
+def build(*objectives, fields=None, momentum=0.5, dropout=0.0, normalize=False, pool="attention", dim=6, seed=0,
+          reductions=()):  # fmt: skip
     fields = {"x": "a"} if fields is None else fields
     torch.manual_seed(seed)
     encoder = component("encoders", "toy-ssl", dropout=dropout)
@@ -66,7 +67,7 @@ def build(*objectives, fields=None, momentum=0.5, dropout=0.0, normalize=False, 
         "b": TowerConfig(encoder=encoder, projector=component("projectors", "linear", bias=True)),
     }
     towers = {name: both[name] for name in sorted(set(fields.values()))}
-    model = Model(ModelConfig(dim=dim, towers=towers, normalize=normalize, temperatures={}))
+    model = Model(ModelConfig(dim=dim, towers=towers, normalize=normalize, temperatures={}, reductions=reductions))
     teacher = TeacherConfig(momentum=momentum, schedule=None)
     return Root(model, list(objectives), fields=fields, views={}, teacher=teacher)
 

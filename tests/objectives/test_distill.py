@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 import mmrep
 from mmrep.config import ConfigError, component
+from mmrep.hub.fetch import ModelFolderError
 from mmrep.model import Model, ModelConfig, TowerConfig
 from mmrep.objectives.root import Root
 from mmrep.recipe import read_recipe
 from mmrep.run import Run, open_run
+from mmrep.training.errors import ResumeError
 from tests.losses.test_distillation import twin
 from tests.objectives import ssl_toys
 from tests.world import make_world, write_recipe
@@ -24,10 +28,10 @@ from tests.world import make_world, write_recipe
 N = 7
 
 
-def model(dim=6, seed=0, width=8, towers=("a",)):
+def model(dim=6, seed=0, width=8, towers=("a",), **fields):
     torch.manual_seed(seed)
     made = TowerConfig(encoder=component("encoders", "toy-ssl", width=width), projector=component("projectors", "mlp"))
-    return Model(ModelConfig(dim=dim, towers=dict.fromkeys(towers, made), temperatures={}))
+    return Model(ModelConfig(dim=dim, towers=dict.fromkeys(towers, made), temperatures={}, **fields))
 
 
 @pytest.fixture(scope="module")
@@ -39,11 +43,11 @@ def saved(tmp_path_factory):
     return folder
 
 
-def root(saved, *, dim=6, **fields):
+def root(saved, *, dim=6, reductions=(), **fields):
     teachers = fields.pop("teachers", [{"model": "one", "column": "x"}, {"model": "two", "column": "y", "tower": "q"}])
     teachers = [{**t, "model": str(saved / t["model"])} for t in teachers]
     chosen = component("objectives", "distill", **{"student": "x", "teachers": teachers, **fields})
-    return Root(model(dim), [chosen], fields={"x": "a"}, views={})
+    return Root(model(dim, reductions=reductions), [chosen], fields={"x": "a"}, views={})
 
 
 def batch(built, missing=()):
@@ -88,6 +92,61 @@ def test_the_target_is_the_unit_embeddings_of_all_teachers_of_the_samples_that_h
     mine, theirs = (torch.autograd.grad(loss, trained, retain_graph=True) for loss in (out["loss"], expected))
     for a, b in zip(mine, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_dims_are_those_of_the_models_reductions_where_it_has_them(saved, tmp_path):
+    """Each is compared with the teachers, moves with the student, and is in the model that is saved."""
+    built = root(saved, losses={"cosine": 2.0, "similarity-mse": 0.5}, dims=[2, 4], reductions=(4, 5)).eval()
+    moved = built.model.reductions["4"].weight
+    with torch.no_grad():
+        assert torch.equal(moved, torch.eye(4, 6))  # it begins as the first dimensions
+        moved += 0.3 * torch.randn(moved.shape, generator=torch.Generator().manual_seed(1))
+    made = batch(built)
+    out, target = built(made), targets(saved, range(N))
+    whole = built.model.tower("a")(made.inputs["x"][0])
+    students = [whole, F.normalize(whole[:, :2], dim=1), F.normalize(whole @ moved.T, dim=1)]
+    maps = built.objectives["distill"].maps
+    expected = sum(
+        (2 * twin(x @ maps[str(x.shape[1])].weight.T, target, "cosine") + 0.5 * twin(x, target, "similarity-mse")) / 3
+        for x in students
+    )
+    torch.testing.assert_close(out["loss"], expected)
+    trained = {name: p for name, p in built.named_parameters() if p.requires_grad}
+    assert "model.reductions.4.weight" in trained
+    assert "model.reductions.5.weight" not in trained, "nothing trains it: it rests"
+    mine, theirs = (torch.autograd.grad(x, list(trained.values()), retain_graph=True) for x in (out["loss"], expected))
+    for a, b in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+    built.model.save_pretrained(tmp_path / "m")
+    loaded, raw = mmrep.load(tmp_path / "m"), [ssl_toys.raw("x", i) for i in range(N)]
+    full, few = (torch.from_numpy(loaded.encode(raw, truncate_dim=d)) for d in (None, 4))
+    torch.testing.assert_close(few, F.normalize(full @ moved.detach().T, dim=1))
+    torch.testing.assert_close(loaded.reduce(full, 4), few)
+    torch.testing.assert_close(torch.from_numpy(loaded.encode(raw, truncate_dim=3)), F.normalize(full[:, :3], dim=1))
+    raw_length = torch.from_numpy(loaded.encode(raw, truncate_dim=4, normalize_embeddings=False))
+    assert (raw_length.norm(dim=1) - 1).abs().max() > 0.1
+    weights = load_file(tmp_path / "m/model.safetensors")
+    weights["reductions.4.weight"] = weights["reductions.4.weight"].flip(0).contiguous()
+    save_file(weights, tmp_path / "m/model.safetensors")
+    with pytest.raises(ModelFolderError, match=r"reduction to 4 dimensions .off by"):
+        mmrep.load(tmp_path / "m")
+
+
+def test_a_student_that_is_frozen_whole_can_learn_reductions(saved):
+    chosen = component("objectives", "distill", student="x", teachers=[{"model": str(saved / "one"), "column": "x"}],
+                       dims=[3], losses={"similarity-mse": 1.0})  # fmt: skip
+    tower = TowerConfig(encoder=component("encoders", "toy-ssl"), frozen="tower")
+    frozen = Model(ModelConfig(dim=6, towers={"a": tower}, temperatures={}, reductions=(3,)))
+    built = Root(frozen, [chosen], fields={"x": "a"}, views={})
+    assert [name for name, p in built.named_parameters() if p.requires_grad] == ["model.reductions.3.weight"]
+
+
+def test_reductions_that_cannot_be_are_refused():
+    with pytest.raises(ConfigError, match=r"reductions: 6 is not smaller.*6 dim"):
+        model(6, reductions=(6,))
+    with pytest.raises(ConfigError, match="names one twice"):
+        model(6, reductions=(3, 3))
 
 
 def test_equal_widths_need_no_map_and_relations_never(saved):
@@ -157,3 +216,16 @@ def test_a_run_teaches_pictures_what_another_model_says_of_their_captions(tmp_pa
             assert not any("text" in name for name in file.keys())
     features = list((folder / "student/features").rglob("*.safetensors"))
     assert features, "what the teacher says of each caption is kept"
+
+    # Resumed half way, beside the same teacher and then beside one of which a single weight has moved.
+    (last,) = (folder / "student/checkpoints").glob("step-00000090")
+    shutil.rmtree(last)
+    shutil.copytree(folder / "student", folder / "cut")
+    Run(read_recipe(data), folder / "cut").train(resume=True)
+    weights = folder / "teacher/model/model.safetensors"
+    values = load_file(weights)
+    name = next(name for name in values if name.startswith("towers.text.projector"))
+    values[name].view(-1)[0] += 1e-4
+    save_file(values, weights)
+    with pytest.raises(ResumeError, match=r"another 'caption@.*#text': its weights or its config have changed"):
+        Run(read_recipe(data), folder / "student").train(resume=True)
