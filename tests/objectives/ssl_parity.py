@@ -155,28 +155,46 @@ def _anchor(missing: frozenset[Any] = frozenset(), **fields: Any) -> tuple[Root,
     return _moved(component("objectives", "anchor", fields=["x", "y"], **fields), missing=missing)
 
 
-def _distill(missing: frozenset[Any] = frozenset()) -> tuple[Root, Make]:
+def _distill(missing: frozenset[Any] = frozenset(), reductions: tuple[int, ...] = ()) -> tuple[Root, Make]:
     teacher = ssl_toys.build(fields={"x": "a", "y": "b"}, dim=5, seed=8).model.eval()
     sources = [{"model": "saved", "column": column, "tower": tower} for column, tower in (("x", "a"), ("y", "b"))]
     losses = dict.fromkeys(("cosine", "mse", "similarity", "similarity-mse", "distance", "angle", "rank"), 1.0)
-    chosen = component("objectives", "distill", student="x", teachers=sources, losses=losses, dims=[3])
+    chosen = component("objectives", "distill", student="x", teachers=sources, losses=losses, dims=[3, 4])
     with mock.patch("mmrep.objectives.distill.load", return_value=teacher):
-        root = ssl_toys.build(chosen)
+        root = ssl_toys.build(chosen, reductions=reductions)
 
     def batch(rows: range, step: int) -> Batch:
-        made = ssl_toys.batch(rows, views=1, step=step, missing=missing)
-        for name, guest in root.guests.items():
-            here = [i for i in rows if (guest.column, i) not in missing]
-            if here:
-                encoder = guest.tower.encoder
-                made.items[name] = [encoder.prepare(ssl_toys.raw(guest.column, i, step)) for i in here]
-                made.items[name] = [{**x, "values": x["values"].to(next(guest.tower.parameters()).dtype)}
-                                    for x in made.items[name]]  # fmt: skip
-                made.keys[name] = [f"{guest.column}{i}.{step}".encode() for i in here]
-            made.present[name] = torch.tensor([(guest.column, i) not in missing for i in rows], dtype=torch.bool)
-        return made
+        return _with_guests(root, ssl_toys.batch(rows, views=1, step=step, missing=missing), rows, step, missing)
 
     return root, batch
+
+
+def _with_guests(root: Root, made: Batch, rows: range, step: int, missing: frozenset[Any]) -> Batch:
+    """As the loader makes it, the columns of teachers read by them."""
+    for name, guest in root.guests.items():
+        here = [i for i in rows if (guest.column, i) not in missing]
+        if here:
+            encoder = guest.tower.encoder
+            made.items[name] = [encoder.prepare(ssl_toys.raw(guest.column, i, step)) for i in here]
+            made.items[name] = [
+                {**x, "values": x["values"].to(next(guest.tower.parameters()).dtype)} for x in made.items[name]
+            ]
+            made.keys[name] = [f"{guest.column}{i}.{step}".encode() for i in here]
+        made.present[name] = torch.tensor([(guest.column, i) not in missing for i in rows], dtype=torch.bool)
+    return made
+
+
+def _dependence(missing: frozenset[Any] = frozenset()) -> tuple[Root, Make]:
+    teacher = ssl_toys.build(fields={"x": "a", "y": "b"}, dim=5, seed=8).model.eval()
+    sources = [{"model": "saved", "column": "y", "tower": "b"}]
+    mean = {"target": {"type": "content"}, "of": "mean", "weight": 0.5}
+    loss = {"type": "vicreg", "invariance": 1.0, "variance": 1.0, "covariance": 0.5}
+    chosen = component("objectives", "dependence", field="x", representations=[mean], teachers=sources, loss=loss)
+    with mock.patch("mmrep.objectives.distill.load", return_value=teacher):
+        root = ssl_toys.build(chosen)
+    return root, lambda rows, step: _with_guests(
+        root, ssl_toys.batch(rows, step=step, missing=missing), rows, step, missing
+    )
 
 
 def _l2_sp() -> tuple[Root, Make]:
@@ -197,8 +215,10 @@ ROOTS: dict[str, Callable[[], tuple[Root, Make]]] = {
     "anchor, mse, a rank without": lambda: _anchor(frozenset(HERE), by="mse"),
     "anchor, similarity, some missing": lambda: _anchor(frozenset(SOME), by="similarity"),
     "l2-sp": _l2_sp,
+    "dependence": _dependence,
+    "dependence, a rank without": lambda: _dependence(frozenset({*HERE, ("y", 9)})),
     "distill": _distill,
-    "distill, a rank without": lambda: _distill(frozenset({*HERE, ("y", 9)})),
+    "distill, reduced, a rank without": lambda: _distill(frozenset({*HERE, ("y", 9)}), (2, 4)),
 }
 NAMES = [*CASES, *ROOTS]
 
