@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import field
 from itertools import combinations
 from typing import Annotated, Any, Literal, cast
 
@@ -44,11 +44,11 @@ class DependenceConfig(ObjectiveConfig):
     """
 
     field: str
-    representations: list[Representation] = field(default_factory=list[Representation])
-    teachers: list[TeacherSource] = field(default_factory=list[TeacherSource])
+    representations: list[Representation] = dataclasses.field(default_factory=list[Representation])
+    teachers: list[TeacherSource] = dataclasses.field(default_factory=list[TeacherSource])
     views: Annotated[tuple[int, ...], Field(min_length=1)] = (0, 1)
     across: Annotated[float, Field(ge=0)] = 1.0
-    loss: Annotated[Component, Of("view_losses")] = field(
+    loss: Annotated[Component, Of("view_losses")] = dataclasses.field(
         default_factory=lambda: component("view_losses", "vicreg", invariance=1.0, variance=1.0, covariance=0.04)
     )
 

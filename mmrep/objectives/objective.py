@@ -94,5 +94,12 @@ class Objective(nn.Module):
         """
         return {}
 
+    def outsiders(self) -> dict[str, Tower]:
+        """Further frozen towers of other models, by a name of their own, which read inputs that the objective has.
+
+        Like guests they are in no state: they go where the module goes, and a resumed run must have the same ones.
+        """
+        return {}
+
     def after_optimizer_step(self) -> None:
         """Update teachers, queues and centres. Called once per optimizer step."""

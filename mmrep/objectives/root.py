@@ -17,7 +17,7 @@ from mmrep.data.batch import Batch
 from mmrep.embed.memo import Memo
 from mmrep.embed.store import tower_digest
 from mmrep.encoder import Encoder
-from mmrep.model import Model
+from mmrep.model import Model, Tower
 from mmrep.objectives.average import WeightAverage
 from mmrep.objectives.objective import Guest, Objective
 from mmrep.schedules import Clock
@@ -92,9 +92,16 @@ class Root(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Root:
         """Guests go where the module goes."""
         super()._apply(fn, recurse)
-        for guest in self.guests.values():
-            guest.tower._apply(fn)
+        for tower in self._outsiders().values():
+            tower._apply(fn)
         return self
+
+    def _outsiders(self) -> dict[str, Tower]:
+        """All towers that are no part of it: guests, and those that objectives give inputs to themselves."""
+        found = {name: guest.tower for name, guest in self.guests.items()}
+        for own, objective in self.objectives.items():
+            found |= {f"{own}.{name}": tower for name, tower in cast(Objective, objective).outsiders().items()}
+        return found
 
     def encoders(self) -> dict[str, Encoder]:
         """By field, the encoder that reads it; those of guests among them."""
@@ -239,9 +246,9 @@ class Root(nn.Module):
         return {name: objective for name, objective in found.items() if objective.scope in scopes}
 
     def outside(self) -> dict[str, str]:
-        """What the run depends on and no checkpoint holds: a digest of each guest, by its field's name."""
+        """What the run depends on and no checkpoint holds: a digest of each tower of another model, by its name."""
         if self._outside is None:
-            self._outside = {name: tower_digest(guest.tower, projected=True) for name, guest in self.guests.items()}
+            self._outside = {n: tower_digest(tower, projected=True) for n, tower in self._outsiders().items()}
         return self._outside
 
     def before_save(self) -> None:

@@ -107,6 +107,26 @@ def _mixed(missing: frozenset[int] = frozenset()) -> tuple[Root, Make]:
     return Root(model, [chosen], fields={"x": "a"}, views={}), batch
 
 
+def _hybrid(missing: frozenset[int] = frozenset()) -> tuple[Root, Make]:
+    vit = component("encoders", "image-vit", size=8, patch=2, width=12, depth=2, heads=2)
+
+    def model(seed: int) -> Model:
+        torch.manual_seed(seed)
+        return Model(ModelConfig(dim=8, towers={"a": TowerConfig(encoder=vit)}, temperatures={}))
+
+    teachers = {"relations": {"model": "saved", "layers": {1: 2}}, "features": {"model": "saved"}}
+    chosen = component("objectives", "hybrid", field="x", drop=0.3, **teachers)
+    with mock.patch("mmrep.objectives.hybrid.load", side_effect=[model(1), model(2)]):
+        root = Root(model(0), [chosen], fields={"x": "a"}, views={})
+
+    def batch(rows: range, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(step)
+        pixels = torch.randint(0, 256, (N, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        return _rows(rows, {"pixels": pixels}, missing)
+
+    return root, batch
+
+
 def _replaced(missing: frozenset[int] = frozenset()) -> tuple[Root, Make]:
     torch.manual_seed(0)
     encoder = component("encoders", "text-transformer", tokenizer="bytes", width=12, depth=1, heads=2, max_length=12)
@@ -215,6 +235,8 @@ ROOTS: dict[str, Callable[[], tuple[Root, Make]]] = {
     "anchor, mse, a rank without": lambda: _anchor(frozenset(HERE), by="mse"),
     "anchor, similarity, some missing": lambda: _anchor(frozenset(SOME), by="similarity"),
     "l2-sp": _l2_sp,
+    "hybrid, some missing": lambda: _hybrid(frozenset({0, 6, 7, 10})),
+    "hybrid, a rank without": lambda: _hybrid(frozenset(FIRST)),
     "dependence": _dependence,
     "dependence, a rank without": lambda: _dependence(frozenset({*HERE, ("y", 9)})),
     "distill": _distill,
