@@ -46,7 +46,7 @@ class HFText(TextEncoder):
 
     Choose the pool at the tower: ``mean`` for sentence-transformers models, ``cls`` or ``last`` where the model card
     says so, ``eos`` or ``native`` for CLIP, ``native`` for other joint models. Padding is on the right whatever the
-    tokenizer's own side is, and is told by the mask, never by the padding id.
+    tokenizer's own side is (but for SigLIP, which reads it), and is told by the mask, never by the padding id.
 
     `forward` calls the model with ids, exactly as transformers users do. `tokenize` gives the input embeddings,
     *without* positions, which the model adds inside `encode`; so tokens cannot be dropped, but where the embeddings are
@@ -142,11 +142,18 @@ class HFText(TextEncoder):
         return frame_of(self.tokenizer("a b")["input_ids"], self.pieces("a b"))
 
     def collate(self, items: Sequence[Inputs]) -> Inputs:
-        """Pad on the right; see the config's ``pad``. SigLIP's padding counts as tokens: it is ``valid``."""
-        if self.full_length or self.config.pad == "max_length":
-            inputs = self.pad(items, self.max_length)
-            return {**inputs, "valid": torch.ones_like(inputs["valid"])} if self.full_length else inputs
-        return super().collate(items)
+        """Pad on the right; see the config's ``pad``.
+
+        SigLIP's padding counts as tokens: it is ``valid``, and stands on the side where its tokenizer puts it.
+        """
+        if not self.full_length:
+            return self.pad(items, self.max_length) if self.config.pad == "max_length" else super().collate(items)
+        inputs = self.pad(items, self.max_length)
+        counts = inputs["valid"].sum(1, keepdim=True)
+        if self.tokenizer.padding_side == "left":
+            turned = (torch.arange(self.max_length) + counts) % self.max_length
+            inputs = {name: values.gather(1, turned) for name, values in inputs.items()}
+        return {**inputs, "valid": torch.ones_like(inputs["valid"])}
 
     def tokenize(self, inputs: Inputs) -> Tokens:
         """``ids`` [B, L] to input embeddings [B, L, D]; the model adds positions itself."""

@@ -23,7 +23,7 @@ class Joint:
         scale: parameter that holds the logarithm of the logit scale, or the temperature itself.
         bias: parameter of the bias, None = no bias.
         inverse: ``scale`` is a temperature that similarities are divided by.
-        highest: bound of the scale in the family's training, None = none.
+        highest: upper bound of the scale in the family's training, where there is a lower one, too; None = none.
     """
 
     towers: dict[str, Part]
@@ -42,7 +42,7 @@ JOINT = {
     "siglip": Joint(_IMAGE_TEXT, bias="logit_bias", highest=None),
     "siglip2": Joint(_IMAGE_TEXT, bias="logit_bias", highest=None),
     "align": Joint(_IMAGE_TEXT, scale="temperature", inverse=True, highest=None),
-    "clap": Joint({"audio": Part("hf-audio"), "text": Part("hf-text")}, scale="logit_scale_a", highest=None),
+    "clap": Joint({"audio": Part("hf-audio"), "text": Part("hf-text")}, scale="logit_scale_a"),
 }
 """Model types of two towers; the pools are what the library's ``get_…_features`` return."""
 

@@ -18,6 +18,10 @@ from mmrep.model import Model
 from mmrep.registry import near
 
 
+_NO_BOUND = 1e-9
+"""Of a scale, from below."""
+
+
 class HuggingFace(Bridge):
     """A model of transformers, or a folder of sentence-transformers, with its preprocessing.
 
@@ -79,6 +83,8 @@ class HuggingFace(Bridge):
         towers = {name: self._tower(part, where) for name, part in joint.towers.items()}
         scale, bias = self._temperature(joint)
         temperature: dict[str, Any] = {"scale": scale, "bias": bias, "max_scale": joint.highest}
+        if joint.highest is None:
+            temperature["min_scale"] = _NO_BOUND
         document = json.loads((self.inner / "config.json").read_text())
         dim = document.get("projection_dim") or document["text_config"].get("projection_size")
         if self.kind in ("siglip", "siglip2"):
