@@ -1,4 +1,4 @@
-"""Whole joint models of transformers through `mmrep.load`: embeddings, logits, bounds, odd sizes, long and empty texts."""
+"""Whole joint models of transformers by `mmrep.load`: embeddings, logits, bounds, odd sizes, long and empty texts."""
 
 from __future__ import annotations
 

@@ -17,7 +17,6 @@ from mmrep.hub.pretrained import locate
 from mmrep.model import Model
 from mmrep.registry import near
 
-
 _NO_BOUND = 1e-9
 """Of a scale, from below."""
 
