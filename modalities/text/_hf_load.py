@@ -24,6 +24,7 @@ _WHOLE = {
     "altclip": ("AltCLIPModel", "AltCLIPTextModel"),
     "chinese_clip": ("ChineseCLIPModel", "ChineseCLIPTextModel"),
     "align": ("AlignModel", "AlignTextModel"),
+    "xclip": ("XCLIPModel", "XCLIPTextModel"),
 }
 """Composites whose text part transformers can load with the rest alone: the class of both, and of the part."""
 _IDLE = ("decoder.", "vision_model.", "visual_projection.", "logit_scale", "temperature")
@@ -93,7 +94,9 @@ class TextPart(nn.Module):
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **options: Any) -> Any:
         """What the text model gives, the pooled vector projected; projecting tokens is the encoder's affair."""
-        out = self.text_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **options)
+        if inputs_embeds is not None:  # X-CLIP's text model does not know the name
+            options["inputs_embeds"] = inputs_embeds
+        out = self.text_model(input_ids=input_ids, **options)
         if self.pooled_projection is not None:
             out.pooler_output = self.pooled_projection(out.pooler_output)
         return out

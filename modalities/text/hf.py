@@ -91,8 +91,8 @@ class HFText(TextEncoder):
         if self._embedding.embedding_dim != self.width:  # a mask token is as wide as the encoder's output
             self.supports = self.supports - {"mask_token"}
         self.depth = self.hf_config.num_hidden_layers if "layers" in self.supports else 0
-        parameters = inspect.signature(self.model.forward).parameters
-        self._is_clip = kind in ("clip_text_model", "metaclip_2_text_model")
+        parameters = inspect.signature(self._inner.forward).parameters
+        self._is_clip = kind in ("clip_text_model", "metaclip_2_text_model", "xclip_text_model")
         self._reads_first = isinstance(self.model, TextPart) and self._projection is not None
         self._takes_embeddings = "inputs_embeds" in parameters
 

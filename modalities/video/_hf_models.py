@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmrep.modalities.video import _hf_xclip as xclip
+
 
 @dataclass(frozen=True)
 class Family:
     """How one architecture is taken apart.
 
     Attributes:
-        cls: name of the transformers class.
+        cls: name of the transformers class, or what gives a class of ours for a part of it.
         frames: the field of its config that says how many frames it was trained with.
         tubelet: from its config to (frames, rows, columns) of a tubelet.
         embed: from the model and normalised frames [B, T, 3, H, W] to embeddings with positions.
@@ -22,14 +24,18 @@ class Family:
         block: from a block, tokens, and their places in the full grid (int64 [B, N], None = all, in order) to tokens.
         norm: from the model to its last norm, if it has one.
         part: the attribute of the model that is its encoder, if it is not the model itself.
-        special: leading class tokens.
+        special: from its config to how many leading class tokens there are.
         drops: whether tokens may be dropped.
         any_length: whether it reads other numbers of frames than it was trained with.
+        own: the field of the checkpoint's config that is the video model's, if that is a part of it.
+        pool: from the model and its last tokens to a vector in the checkpoint's joint space, if it has one.
+        unpool: takes what leads to the joint space off the model.
+        images: frames are prepared by an image processor.
         side: from its config to the tokens in a row, where its blocks must be told the places of tokens.
         time_last: its tokens run through time at each place, rather than through places at each time.
     """
 
-    cls: str
+    cls: str | Callable[[], Any]
     frames: str
     tubelet: Callable[[Any], tuple[int, int, int]]
     embed: Callable[[Any, Tensor], Tensor]
@@ -37,11 +43,15 @@ class Family:
     block: Callable[[Any, Tensor, Tensor | None], Tensor]
     norm: Callable[[Any], nn.Module | None]
     part: str | None = None
-    special: int = 0
+    special: Callable[[Any], int] = lambda config: 0
     drops: bool = True
     any_length: bool = False
     side: Callable[[Any], int] | None = None
     time_last: bool = False
+    own: str | None = None
+    pool: Callable[[Any, Tensor], Tensor | None] | None = None
+    unpool: Callable[[Any], None] | None = None
+    images: bool = False
 
 
 def _cube(config: Any) -> tuple[int, int, int]:
@@ -78,7 +88,7 @@ FAMILIES = {
         blocks=lambda model: model.encoder.layer,
         block=lambda block, values, _: block(values)[0],
         norm=lambda model: model.layernorm,
-        special=1,
+        special=lambda config: 1,
         drops=False,
         time_last=True,
     ),
@@ -90,7 +100,22 @@ FAMILIES = {
         blocks=lambda model: model.layers,
         block=lambda block, values, _: block(values, None),
         norm=lambda model: model.layernorm,
-        special=1,
+        special=lambda config: 1,
+    ),
+    "xclip": Family(
+        cls=xclip.xclip_class,
+        own="vision_config",
+        frames="num_frames",
+        tubelet=lambda config: (1, config.patch_size, config.patch_size),
+        embed=xclip.embed,
+        blocks=lambda model: model.vision_model.encoder.layers,
+        block=xclip.block,
+        norm=lambda model: None,
+        special=lambda config: config.num_frames,
+        drops=False,
+        pool=xclip.pool,
+        unpool=xclip.without_head,
+        images=True,
     ),
 }
 """By ``model_type`` of the checkpoint's config."""
@@ -111,4 +136,4 @@ def choose(config: Any) -> tuple[Any, Any]:
         raise ValueError(
             "a TimeSformer of attention type 'space_only' averages frames inside: use video-frames instead"
         )
-    return getattr(transformers, family.cls), config
+    return getattr(transformers, family.cls) if isinstance(family.cls, str) else family.cls(), config

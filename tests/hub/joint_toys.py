@@ -67,3 +67,22 @@ def stir(model: Any) -> None:
     for name, buffer in model.named_buffers():  # of BatchNorm
         if name.endswith(("running_mean", "running_var")):
             buffer += 0.2 * torch.rand(buffer.shape, generator=generator)
+
+
+def xclip(folder: Path, images: str = "VideoMAEImageProcessor") -> tuple[Any, Any]:
+    """An X-CLIP of 4 frames; released ones prepare frames as VideoMAE does."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    vision = {**image_tiny_hf.VIT, "num_frames": 4, "mit_hidden_size": 12, "mit_intermediate_size": 24,
+              "mit_num_hidden_layers": 1, "mit_num_attention_heads": 2}  # fmt: skip
+    config = hf.XCLIPConfig(
+        text_config=image_tiny_hf.TEXT, vision_config=vision, projection_dim=12, prompt_num_attention_heads=2
+    )
+    model = hf.XCLIPModel(config).eval()
+    stir(model)
+    model.save_pretrained(folder)
+    pictures = getattr(hf, images)(**image_tiny_hf.CROP)
+    processor = hf.XCLIPProcessor(image_processor=pictures, tokenizer=tiny_hf.make("clip")[1])
+    processor.save_pretrained(folder)
+    return model, processor

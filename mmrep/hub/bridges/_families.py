@@ -43,6 +43,7 @@ JOINT = {
     "siglip2": Joint(_IMAGE_TEXT, bias="logit_bias", highest=None),
     "align": Joint(_IMAGE_TEXT, scale="temperature", inverse=True, highest=None),
     "clap": Joint({"audio": Part("hf-audio"), "text": Part("hf-text")}, scale="logit_scale_a"),
+    "xclip": Joint({"video": Part("hf-video"), "text": Part("hf-text")}, highest=None),
 }
 """Model types of two towers; the pools are what the library's ``get_…_features`` return."""
 
