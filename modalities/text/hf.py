@@ -17,6 +17,7 @@ from mmrep.hub.pretrained import locate
 from mmrep.layers import stacked
 from mmrep.modalities.text._base import TextEncoder, frame_of, grid, last_special, no_rows, one_blank
 from mmrep.modalities.text._hf_load import FULL_LENGTH, TextPart, load, max_length, rebuild, without_pooler
+from mmrep.modalities.text._hf_pe import Space
 from mmrep.modalities.text._prompts import Prompts, without_prompt
 from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
 
@@ -29,7 +30,8 @@ class HFTextConfig(Prompts):
     what the model allows. pad: to the longest text of the batch or to max_length; SigLIP, which reads its padding, is
     padded to max_length in any case. projection: go through the projection into the joint space that the checkpoint of
     a CLIP-like model, SigLIP, ALIGN or CLAP has. pooler: keep the pooling layer of BERT-like models, for pool `native`;
-    without it that layer would get no gradient. Prompts: see `Prompts`.
+    without it that layer would get no gradient. space: of PE audio-video, what its texts are compared with. Prompts:
+    see `Prompts`.
     """
 
     path: str
@@ -39,6 +41,7 @@ class HFTextConfig(Prompts):
     pad: Literal["longest", "max_length"] = "longest"
     projection: bool = True
     pooler: bool = False
+    space: Space | None = None
 
 
 class HFText(TextEncoder):
@@ -51,8 +54,9 @@ class HFText(TextEncoder):
     `forward` calls the model with ids, exactly as transformers users do. `tokenize` gives the input embeddings,
     *without* positions, which the model adds inside `encode`; so tokens cannot be dropped, but where the embeddings are
     as wide as the output they can be hidden. A projection is linear and is applied to every token, which commutes with
-    the pools; where it changes the width, ``"layers"`` is not supported. CLAP's is not linear: it is applied to the
-    pooled vector alone, of width ``pooled_width``, which is not yet of length 1 (``get_text_features`` makes it so).
+    the pools; where it changes the width, ``"layers"`` is not supported. CLAP's and PE's is not linear: it is applied
+    to the pooled vector alone, of width ``pooled_width``, which is not of length 1 (CLAP's ``get_text_features`` makes
+    it so).
     """
 
     Config = HFTextConfig
@@ -70,7 +74,9 @@ class HFText(TextEncoder):
         else:
             source = locate(config.path)
             options = {"revision": config.revision, "local_files_only": config.local_files_only}
-            self.model, self.hf_config, missing = load(source, projection=config.projection, **options)
+            self.model, self.hf_config, missing = load(
+                source, projection=config.projection, space=config.space, **options
+            )
         if not config.pooler:
             without_pooler(self.model)
         elif missing:

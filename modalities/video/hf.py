@@ -1,4 +1,4 @@
-"""Hugging Face video models: VideoMAE, V-JEPA 2, TimeSformer, ViViT and X-CLIP, with their own preprocessing.
+"""Hugging Face video models: VideoMAE, V-JEPA 2, TimeSformer, ViViT, X-CLIP and PE-AV, with their own preprocessing.
 
 In a recipe::
 
@@ -33,9 +33,9 @@ class HFVideoConfig(Sampling):
 
     path: a folder, a hub id, or ``package:name/folder`` for a folder inside an installed Python package. revision: hub
     branch, tag or commit. local_files_only: never touch the network. frames: None = as the model was trained, which is
-    all that models but V-JEPA 2 can read. pooler: keep the pooling layer of ViViT, for pool "native"; without it that
-    layer would get no gradient. projection: keep what leads to the joint space of X-CLIP, for pool "native". ``short``
-    must be "repeat".
+    all that models but V-JEPA 2 and PE can read; PE's processor may say how many, else 16. pooler: keep the pooling
+    layer of ViViT, for pool "native"; without it that layer would get no gradient. projection: keep what leads to the
+    joint space of X-CLIP or PE, for pool "native". ``short`` must be "repeat".
     """
 
     path: str
@@ -60,8 +60,8 @@ class HFVideo(VideoEncoder):
     order, time last, and X-CLIP's frame by frame.
 
     Choose the pool at the tower: ``mean`` for VideoMAE and V-JEPA 2, ``cls`` for TimeSformer and ViViT, ``native`` for
-    X-CLIP, whose pooled vector is that of ``get_video_features``. TimeSformer and X-CLIP cannot drop tokens, since they
-    attend along the axes of their grid.
+    X-CLIP and PE, whose pooled vector is the checkpoint's embedding. TimeSformer and X-CLIP cannot drop tokens, since
+    they attend along the axes of their grid; PE cannot either. A token of PE is a whole frame.
     """
 
     Config = HFVideoConfig
@@ -82,10 +82,11 @@ class HFVideo(VideoEncoder):
             raise ValueError(f"path {config.path!r}: pooler is asked for, but the checkpoint has no values for one")
         family: Family = FAMILIES[hf_config.model_type]
         own = hf_config if family.own is None else getattr(hf_config, family.own)
-        frames = _frames(config, family, own)
+        processor = _processor(source, family, **options)
+        frames = _frames(config, family, own, processor)
         fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Sampling)}
         super().__init__(config, files, sampling=Sampling(**{**fields, "frames": frames}))
-        self.processor = _processor(source, family, **options)
+        self.processor = processor
         if hasattr(model, "pooler") and not config.pooler:
             model.pooler = None
         if family.unpool is not None and not config.projection:
@@ -95,7 +96,7 @@ class HFVideo(VideoEncoder):
         self.width, self.depth = own.hidden_size, own.num_hidden_layers
         self.pooled_width = getattr(hf_config, "pooler_output_size", None) if config.pooler else None
         if family.pool is not None and config.projection:
-            self.pooled_width = hf_config.projection_dim
+            self.pooled_width = family.pooled_width(hf_config)
         if not family.drops:
             self.supports = self.supports - {"drop_tokens"}
 
@@ -136,7 +137,7 @@ class HFVideo(VideoEncoder):
         frames = inputs["frames"]
         B, T, _, H, W = frames.shape
         t, h, w = self.family.tubelet(self.own)
-        shape = (T // t, H // h, W // w)
+        shape = (T // t, H // (h or H), W // (w or W))
         some = frames if B else frames.new_zeros(1, *frames.shape[1:])  # the library cannot run on none
         if self.family.side is not None and shape[1:] != (self.family.side(self.own),) * 2:
             raise ValueError(f"frames of {H} x {W}: this model reads {self.own.crop_size} x the same")
@@ -207,8 +208,9 @@ class HFVideo(VideoEncoder):
         times = shape[0] if self.family.time_last and shape is not None else 0
         values = self._turned(values, times) if times else values
         found: dict[int, Tensor] = {}
+        told = places if self.family.told is None else self.family.told(self.model, values)
         for number, block in enumerate(self.family.blocks(self.model), start=1):
-            values = self.family.block(block, values, places)
+            values = self.family.block(block, values, told)
             found[number] = values
         norm = self.family.norm(self.model)
         outs = [values if norm is None else norm(values), *(found[number] for number in layers)]
@@ -235,9 +237,9 @@ def _processor(source: str, family: Family, **options: Any) -> Any:
         return kind.from_pretrained(source, trust_remote_code=False, **options)
 
 
-def _frames(config: HFVideoConfig, family: Family, hf_config: Any) -> int:
+def _frames(config: HFVideoConfig, family: Family, hf_config: Any, processor: Any) -> int:
     """How many frames a clip has."""
-    own = int(getattr(hf_config, family.frames))
+    own = int(getattr(processor, "num_frames", None) or 16) if not family.frames else getattr(hf_config, family.frames)
     asked = own if config.frames is None else config.frames
     t = family.tubelet(hf_config)[0]
     if asked != own and not family.any_length:

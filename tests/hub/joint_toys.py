@@ -86,3 +86,48 @@ def xclip(folder: Path, images: str = "VideoMAEImageProcessor") -> tuple[Any, An
     processor = hf.XCLIPProcessor(image_processor=pictures, tokenizer=tiny_hf.make("clip")[1])
     processor.save_pretrained(folder)
     return model, processor
+
+
+PE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+PE_TEXT = {"vocab_size": 60, "hidden_size": 20, "intermediate_size": 24, "num_hidden_layers": 2, "pad_token_id": 0,
+           "num_attention_heads": 2, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 59,
+           "cls_token_id": 1, "sep_token_id": 59, "local_attention": 8}  # fmt: skip
+PE_AUDIO = {**PE, "dac_config": {"encoder_hidden_size": 4, "downsampling_ratios": [2, 4], "codebook_dim": 6}}
+PE_PICTURE = {"embed_dim": 16, "img_size": [14, 14], "depth": 1, "num_heads": 2, "ref_feat_shape": [1, 1],
+              "mlp_ratio": 2, "global_pool": "map"}  # fmt: skip
+PE_VIDEO = {**PE, "vision_config": {"architecture": "vit_pe_core_large_patch14_336", "num_classes": 10,
+                                    "model_args": PE_PICTURE}}  # fmt: skip
+
+
+def pe(kind: str, folder: Path, *, frames: int | None = 4) -> tuple[Any, Any]:
+    """A Perception Encoder of audio, of video, or of both: ``pe_audio``, ``pe_video`` or ``pe_audio_video``."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    parts: dict[str, Any] = {
+        "feature_extractor": hf.PeAudioFeatureExtractor(hop_length=8),
+        "video_processor": hf.PeVideoVideoProcessor(
+            size={"height": 14, "width": 14}, do_resize=True, do_rescale=True, rescale_factor=1 / 255, num_frames=frames,
+            do_normalize=True, image_mean=[0.5, 0.4, 0.5], image_std=[0.5, 0.5, 0.4], do_sample_frames=True,
+        ),
+        "tokenizer": tiny_hf.make("bert")[1],
+    }  # fmt: skip
+    if kind == "pe_audio":
+        config = hf.PeAudioConfig(text_config=PE_TEXT, audio_config=PE_AUDIO)
+        model, processor, without = hf.PeAudioModel(config), hf.PeAudioProcessor, "video_processor"
+    elif kind == "pe_video":
+        config = hf.PeVideoConfig(text_config=PE_TEXT, video_config=PE_VIDEO)
+        model, processor, without = hf.PeVideoModel(config), hf.PeVideoProcessor, "feature_extractor"
+    else:
+        both = {**PE, "audio_config": PE_AUDIO, "video_config": PE_VIDEO}
+        config = hf.PeAudioVideoConfig(text_config=PE_TEXT, audio_video_config=both)
+        model, processor, without = hf.PeAudioVideoModel(config), hf.PeAudioVideoProcessor, ""
+    stir(model.eval())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("_scale"):
+                parameter.abs_()  # of a trained model
+    model.save_pretrained(folder)
+    made = processor(**{name: part for name, part in parts.items() if name != without})
+    made.save_pretrained(folder)
+    return model, made
