@@ -107,8 +107,9 @@ def pe(kind: str, folder: Path, *, frames: int | None = 4) -> tuple[Any, Any]:
     parts: dict[str, Any] = {
         "feature_extractor": hf.PeAudioFeatureExtractor(hop_length=8),
         "video_processor": hf.PeVideoVideoProcessor(
-            size={"height": 14, "width": 14}, do_resize=True, do_rescale=True, rescale_factor=1 / 255, num_frames=frames,
-            do_normalize=True, image_mean=[0.5, 0.4, 0.5], image_std=[0.5, 0.5, 0.4], do_sample_frames=True,
+            size={"height": 14, "width": 14}, do_resize=True, do_rescale=True, rescale_factor=1 / 255,
+            do_normalize=True, image_mean=[0.5, 0.4, 0.5], image_std=[0.5, 0.5, 0.4],
+            num_frames=frames, do_sample_frames=True,
         ),
         "tokenizer": tiny_hf.make("bert")[1],
     }  # fmt: skip

@@ -152,3 +152,16 @@ def test_a_checkpoint_without_its_scale_is_refused(tmp_path):
     save_file(values, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(mmrep.hub.fetch.ModelFolderError, match="no 'logit_scale'"):
         mmrep.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["clap", "xclip", "pe_audio"])
+def test_other_weights_of_16_bits_are_those_of_the_same_values_in_32(kind, tmp_path):
+    """And the library in 32 bits, by the tests of these values."""
+    make = {"clap": joint_toys.clap, "xclip": joint_toys.xclip, "pe_audio": lambda f: joint_toys.pe("pe_audio", f)}[
+        kind
+    ]
+    model, _ = make(tmp_path)
+    model.bfloat16().save_pretrained(tmp_path)
+    ours = mmrep.load(tmp_path).encode(TEXTS, "text")
+    model.float().save_pretrained(tmp_path)
+    np.testing.assert_array_equal(mmrep.load(tmp_path).encode(TEXTS, "text"), ours)

@@ -76,6 +76,14 @@ JOINT = {
 }  # fmt: skip
 """Model types of two towers; the pools are what the library's ``get_…_features`` return."""
 
+ELSEWHERE = {
+    "LanguageBind": "its code is a package of its own, which transformers does not have. A tower of LanguageBind is a "
+    "CLIP's, in videos with attention over time besides, which no encoder here has. One without (add_time_attn: false "
+    "in its vision_config; and the text) can be read where its weights are saved again as transformers' "
+    "CLIPVisionModelWithProjection or CLIPTextModelWithProjection, each in a folder of its own",
+}
+"""By how model types begin that no version of transformers knows, what to do about them."""
+
 _POOLS = {
     "vit": "cls", "beit": "mean", "deit": "cls", "vit_mae": "cls", "dinov3_convnext": "native",
     "timesformer": "cls", "vivit": "cls", "audio-spectrogram-transformer": "native",

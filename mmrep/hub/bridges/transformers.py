@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mmrep.hub.bridges import _sentences
-from mmrep.hub.bridges._families import JOINT, Joint, Part, single
+from mmrep.hub.bridges._families import ELSEWHERE, JOINT, Joint, Part, single
 from mmrep.hub.bridges.bridge import Bridge, Values, tower, width
 from mmrep.hub.fetch import PICKLES, Fetched, ModelFolderError, fetch
 from mmrep.hub.pretrained import locate
@@ -24,11 +24,11 @@ _NO_BOUND = 1e-9
 class HuggingFace(Bridge):
     """A model of transformers, or a folder of sentence-transformers, with its preprocessing.
 
-    Joint models (CLIP, MetaCLIP 2, Chinese-CLIP, AltCLIP, SigLIP, SigLIP 2, ALIGN, CLAP) become two towers in one
-    space, with the checkpoint's scale and bias; embeddings are what ``get_image_features`` and the like return, of
-    unit length. Any other model is one tower: text is pooled by the mean, or the last token of decoders, as
-    sentence-transformers does where a folder does not say otherwise. A sentence-transformers folder brings its pooling,
-    dense layer, normalisation, prompts and length.
+    Joint models (CLIP, MetaCLIP 2, Chinese-CLIP, AltCLIP, SigLIP, SigLIP 2, ALIGN, CLAP, X-CLIP, PE) become towers in
+    one space, with the checkpoint's scale and bias; embeddings are what ``get_image_features`` and the like return, of
+    unit length (PE's are not). Any other model is one tower: text is pooled by the mean, or the last token of decoders,
+    as sentence-transformers does where a folder does not say otherwise. A sentence-transformers folder brings its
+    pooling, dense layer, normalisation, prompts and length.
     """
 
     def __init__(self, name: str, *, pool: str | None = None, **hub: Any) -> None:
@@ -144,6 +144,9 @@ def _kind(name: str, folder: Path) -> str:
                 "mmrep never runs code of a repository. Where you trust it: load it with transformers and "
                 "its trust_remote_code inside an encoder of your own (see CONTRIBUTING.md, a new encoder)"
             )
+        for start, hint in ELSEWHERE.items():
+            if kind.startswith(start):
+                raise ModelFolderError(f"{name!r} is a {kind!r} model: {hint}")
         raise ModelFolderError(
             f"{name!r}: its config.json has model_type {kind!r}, which the installed transformers does not know"
             f"{near(kind, CONFIG_MAPPING_NAMES)}"
