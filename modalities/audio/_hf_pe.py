@@ -134,5 +134,5 @@ class PETrunk(nn.Module):
         for count in counts.unique().tolist():
             rows = (counts == count).nonzero()[:, 0]
             found = embedder.bottleneck(embedder.dac_encoder(wave[rows, :, : count * self.hop]))
-            codes[rows, :count] = found.mT
+            codes[rows, :count] = found.mT.to(codes.dtype)  # autocast gives another
         return codes

@@ -5,6 +5,7 @@ Its tokens are the class tokens of all frames, then the patches, time first.
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 from typing import Any
 
@@ -23,8 +24,9 @@ def xclip_class() -> Any:
             own = config.vision_config
             self.vision_model = library.XCLIPVisionModel(own)
             self.visual_projection = nn.Linear(own.hidden_size, config.projection_dim, bias=False)
-            sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-            small = type(own)(**{**own.to_dict(), **{name: getattr(own, f"mit_{name}") for name in sizes}})
+            small = copy.copy(own)
+            for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+                setattr(small, name, getattr(own, f"mit_{name}"))
             self.mit = library.XCLIPMultiframeIntegrationTransformer(small)
             self.post_init()
 
