@@ -9,6 +9,8 @@ from typing import Any
 from mmrep.hub.pretrained import load_pretrained
 from mmrep.hub.pretrained import rebuild as rebuild_model
 from mmrep.modalities.audio._hf_mel import ASTTrunk, CLAPTrunk, WhisperTrunk
+from mmrep.modalities.audio._hf_pe import KINDS as PE
+from mmrep.modalities.audio._hf_pe import PETrunk, pe_class
 from mmrep.modalities.audio._hf_wave import KINDS, WaveTrunk
 
 _MEL = {
@@ -17,7 +19,7 @@ _MEL = {
     "clap": CLAPTrunk,
     "clap_audio_model": CLAPTrunk,
 }
-Trunk = ASTTrunk | WhisperTrunk | CLAPTrunk | WaveTrunk
+Trunk = ASTTrunk | WhisperTrunk | CLAPTrunk | WaveTrunk | PETrunk
 
 
 def load(
@@ -29,7 +31,7 @@ def load(
         source: folder or hub id, from `mmrep.hub.pretrained.locate`.
         revision: branch, tag or commit on the hub.
         local_files_only: never touch the network.
-        projection: keep CLAP's projection into its joint space.
+        projection: keep the projection into a joint space, of CLAP and PE.
         count_padding: tokens of padding are valid.
 
     Returns:
@@ -62,12 +64,14 @@ def _class(config: Any, *, source: str, whole: bool) -> tuple[Any, Any]:
     kind = config.model_type
     if kind in ("clap", "clap_audio_model"):
         return transformers.ClapAudioModelWithProjection, getattr(config, "audio_config", config)
+    if kind in PE:
+        return pe_class(config, source)
     if kind == "whisper":
         return (transformers.WhisperModel if whole else WhisperEncoder), config
     if kind in KINDS or kind in _MEL:
         return transformers.AutoModel, config
     raise ValueError(
-        f"path {source!r} is a {kind!r} model; hf-audio knows {', '.join((*KINDS, 'whisper', 'clap'))} and "
+        f"path {source!r} is a {kind!r} model; hf-audio knows {', '.join((*KINDS, *PE, 'whisper', 'clap'))} and "
         "audio-spectrogram-transformer"
     )
 
@@ -85,6 +89,8 @@ def _extractor(source: str, **options: Any) -> Any:
 
 
 def _trunk(model: Any, config: Any, extractor: Any, projection: bool, count_padding: bool) -> Trunk:
+    if config.model_type in PE:
+        return PETrunk(model, config, extractor, projection)
     if config.model_type in KINDS:
         return WaveTrunk(model, config, extractor)
     if config.model_type == "whisper" and hasattr(model, "get_encoder"):

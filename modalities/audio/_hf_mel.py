@@ -23,6 +23,7 @@ class MelTrunk(nn.Module):
 
     supports = frozenset({"tokens", "drop_tokens", "layers"})
     shortest = 1
+    waves = False
 
     def __init__(self, model: Any, config: Any, extractor: Any, count_padding: bool) -> None:
         super().__init__()
@@ -33,6 +34,11 @@ class MelTrunk(nn.Module):
     def features(self, wave: np.ndarray) -> Inputs:
         """One clip, float32 [T], to ``features`` and the number of ``frames`` that are not padding."""
         raise NotImplementedError
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers of the transformer."""
+        return list(self.model.layers) if self.supports >= {"layers"} else []
 
     def length(self, item: Inputs) -> int:
         """Every clip costs the same."""

@@ -25,6 +25,7 @@ class WaveTrunk(nn.Module):
 
     supports = frozenset({"tokens", "drop_tokens", "layers"})
     pooled_width = None
+    waves = True
     max_seconds = 30.0  # of attention; the architectures have no limit of their own
     epsilon = 1e-7  # of standardising, as in ``Wav2Vec2FeatureExtractor``
 
@@ -44,6 +45,15 @@ class WaveTrunk(nn.Module):
             self.field += (kernel - 1) * self.stride
             self.stride *= stride
         self.shortest = self.field
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers of the transformer."""
+        return list(self.model.encoder.layers)
+
+    def prepared(self, wave: Tensor) -> Tensor:
+        """A clip, float32 [1, T], as the extractor fills it up: not at all."""
+        return wave
 
     def frames(self, lengths: Tensor, layers: int | None = None) -> Tensor:
         """Frames of clips of ``lengths`` samples, after all convolutions or the first ``layers``."""

@@ -1,4 +1,4 @@
-"""Pretrained audio models of Hugging Face: AST, wav2vec 2.0, HuBERT, WavLM, Whisper's encoder, and CLAP's audio part.
+"""Pretrained audio models of Hugging Face: AST, wav2vec 2.0, HuBERT, WavLM, Whisper, and the audio of CLAP and PE-AV.
 
 In a recipe::
 
@@ -31,8 +31,8 @@ class HFAudioConfig:
     """path: a folder, a hub id, or `package:name/folder` for a folder inside an installed Python package.
 
     revision: hub branch, tag or commit. local_files_only: never touch the network. projection: go through the
-    projection into the joint space that a CLAP checkpoint has. count_padding: tokens of the padding that AST and
-    Whisper read count as valid, in pools too, as in transformers' own classifiers. int16: round samples to 16 bits
+    projection into the joint space that a checkpoint of CLAP or PE has. count_padding: tokens of the padding that AST
+    and Whisper read count as valid, in pools too, as in transformers' own classifiers. int16: round samples to 16 bits
     first, as CLAP's authors do and transformers does not. max_seconds: longer clips keep their first part; None = as
     much as the model reads, and 30 s for wav2vec 2.0, HuBERT and WavLM, which read any length. normalize: level of the
     clip, as in our own encoders. max_duration: longer audio is refused unread, in seconds.
@@ -55,6 +55,7 @@ class HFAudio(TrunkEncoder):
     AST, Whisper and CLAP get the spectrogram of transformers' own extractor, made in the loader: the inputs are
     ``features`` and ``seconds``. wav2vec 2.0, HuBERT and WavLM get waveforms, standardised on the device: the inputs
     are those of our own encoders, and `AudioAugment` may act on them. Their tokens carry no position before `encode`.
+    PE's audio gets waveforms, too, mirrored at the end up to a whole frame.
     """
 
     Config = HFAudioConfig
@@ -86,20 +87,19 @@ class HFAudio(TrunkEncoder):
         values = self.read_enough(raw, view, seed)
         if self.config.int16:
             values = (values.clamp(-1, 1) * 32767).trunc() / 32767
-        if isinstance(self.trunk, WaveTrunk):
-            return {"wave": values}
+        if self.trunk.waves:
+            return {"wave": self.trunk.prepared(values)}
         return {**self.trunk.features(values[0].numpy()), "seconds": torch.tensor(values.shape[1] / self.trunk.rate)}
 
     def collate(self, items: Sequence[Inputs]) -> Inputs:
         """Stack spectrograms; pad waveforms."""
-        if isinstance(self.trunk, WaveTrunk):
+        if self.trunk.waves:
             return super().collate(items)
         return {key: torch.stack([item[key] for item in items]) for key in items[0]}
 
     def layer_modules(self) -> list[nn.Module]:
         """See `Encoder.layer_modules`."""
-        network = self.trunk.model.encoder if isinstance(self.trunk, WaveTrunk) else self.trunk.model
-        return list(network.layers) if self.depth else []
+        return self.trunk.blocks
 
     def save_files(self, folder: Path) -> None:
         """Write the model's own config.json and its feature extractor's preprocessor_config.json."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmrep.hub.pretrained import load_pretrained
 from mmrep.hub.pretrained import rebuild as rebuild_model
+from mmrep.modalities.text import _hf_pe as pe
 
 _PARTS = {
     "clip": "CLIPTextModelWithProjection",
@@ -24,6 +25,7 @@ _WHOLE = {
     "altclip": ("AltCLIPModel", "AltCLIPTextModel"),
     "chinese_clip": ("ChineseCLIPModel", "ChineseCLIPTextModel"),
     "align": ("AlignModel", "AlignTextModel"),
+    "xclip": ("XCLIPModel", "XCLIPTextModel"),
 }
 """Composites whose text part transformers can load with the rest alone: the class of both, and of the part."""
 _IDLE = ("decoder.", "vision_model.", "visual_projection.", "logit_scale", "temperature")
@@ -32,7 +34,7 @@ FULL_LENGTH = frozenset({"siglip", "siglip2", "siglip_text_model", "siglip2_text
 
 
 def load(
-    source: str, *, revision: str | None, local_files_only: bool, projection: bool
+    source: str, *, revision: str | None, local_files_only: bool, projection: bool, space: str | None = None
 ) -> tuple[nn.Module, Any, set[str]]:
     """Load a pretrained text model in float32; see `mmrep.hub.pretrained.load_pretrained`.
 
@@ -41,18 +43,24 @@ def load(
         revision: branch, tag or commit on the hub.
         local_files_only: never touch the network.
         projection: keep the text projection into a joint space, where the checkpoint has one.
+        space: which, where the checkpoint has several.
 
     Returns:
         The model, its config, and the names of parameters that the checkpoint has no values for (pooling layer only).
     """
     model, config, missing = load_pretrained(
-        source, partial(_class, projection=projection, source=source), noun="text", revision=revision,
+        source, partial(_class, projection=projection, source=source, space=space), noun="text", revision=revision,
         local_files_only=local_files_only, may_lack=("pooler.", "text_model.pooler."), ignore=_IDLE,
     )  # fmt: skip
     if config.model_type in _WHOLE:
         part = config.text_config
         part.projection_dim, part.architectures = config.projection_dim, config.architectures
         return TextPart(model.text_model, model.text_projection if projection else None), part, missing
+    if config.model_type in pe.SPACES:
+        part = config.text_config
+        part.projection_dim, part.architectures = part.hidden_size, [pe.CLASS]
+        head = getattr(model, next(name for name, _ in model.named_children() if name.endswith("_head")))
+        return TextPart(model.text_model, pooled_projection=head if projection else None), part, missing
     if missing and config.model_type == "clap_text_model" and projection:
         raise ValueError(f"path {source!r}: the checkpoint has no values for the pooling layer before its projection")
     return _encoder_part(model, projection), config, missing
@@ -68,6 +76,8 @@ def rebuild(folder: Path, *, projection: bool) -> tuple[nn.Module, Any]:
             if kind == "chinese_clip":
                 model.pooler = None  # the whole model has none
             return TextPart(model, head), config
+    if config.architectures == [pe.CLASS]:
+        return TextPart(model, pooled_projection=pe.pe_head(config.hidden_size) if projection else None), config
     return _encoder_part(model, projection), config
 
 
@@ -93,9 +103,12 @@ class TextPart(nn.Module):
 
     def forward(self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **options: Any) -> Any:
         """What the text model gives, the pooled vector projected; projecting tokens is the encoder's affair."""
-        out = self.text_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **options)
+        if inputs_embeds is not None:  # X-CLIP's text model does not know the name
+            options["inputs_embeds"] = inputs_embeds
+        out = self.text_model(input_ids=input_ids, **options)
         if self.pooled_projection is not None:
-            out.pooler_output = self.pooled_projection(out.pooler_output)
+            pooled = getattr(out, "pooler_output", None)  # PE's text model has no pooling layer
+            out.pooler_output = self.pooled_projection(out.last_hidden_state[:, 0] if pooled is None else pooled)
         return out
 
 
@@ -123,7 +136,7 @@ def max_length(model: Any, config: Any, tokenizer: Any) -> int:
     return smallest if smallest < 1_000_000 else 512  # "no limit" is a huge number in some tokenizers
 
 
-def _class(config: Any, *, projection: bool, source: str) -> tuple[Any, Any]:
+def _class(config: Any, *, projection: bool, source: str, space: str | None = None) -> tuple[Any, Any]:
     """The transformers class to build, and the config that is its own."""
     import transformers
 
@@ -131,6 +144,11 @@ def _class(config: Any, *, projection: bool, source: str) -> tuple[Any, Any]:
     kind = config.model_type
     if kind in _WHOLE:
         return getattr(transformers, _WHOLE[kind][0]), config
+    if kind in pe.SPACES:
+        found = pe.space_of(kind, space, source)
+        return pe.pe_class(found), pe.pe_config(config, found)
+    if space is not None:
+        raise ValueError(f"space={space!r}: {source!r} is a {kind!r} model, whose texts have one space at most")
     if kind in _PARTS:
         if hasattr(config, "projection_dim"):
             config.text_config.projection_dim = config.projection_dim  # the whole model goes by its own value
@@ -146,7 +164,7 @@ def _class(config: Any, *, projection: bool, source: str) -> tuple[Any, Any]:
     if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
         raise ValueError(
             f"path {source!r} is a {kind!r} model of several modalities; hf-text knows the text part of "
-            f"{', '.join((*_PARTS, *_WHOLE))} only: save the text part as a model of its own and name that"
+            f"{', '.join((*_PARTS, *_WHOLE, *pe.SPACES))} only: save the text part as a model of its own and name that"
         )
     return transformers.AutoModel, config
 

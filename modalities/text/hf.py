@@ -17,6 +17,7 @@ from mmrep.hub.pretrained import locate
 from mmrep.layers import stacked
 from mmrep.modalities.text._base import TextEncoder, frame_of, grid, last_special, no_rows, one_blank
 from mmrep.modalities.text._hf_load import FULL_LENGTH, TextPart, load, max_length, rebuild, without_pooler
+from mmrep.modalities.text._hf_pe import Space
 from mmrep.modalities.text._prompts import Prompts, without_prompt
 from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
 
@@ -29,7 +30,8 @@ class HFTextConfig(Prompts):
     what the model allows. pad: to the longest text of the batch or to max_length; SigLIP, which reads its padding, is
     padded to max_length in any case. projection: go through the projection into the joint space that the checkpoint of
     a CLIP-like model, SigLIP, ALIGN or CLAP has. pooler: keep the pooling layer of BERT-like models, for pool `native`;
-    without it that layer would get no gradient. Prompts: see `Prompts`.
+    without it that layer would get no gradient. space: of PE audio-video, what its texts are compared with. Prompts:
+    see `Prompts`.
     """
 
     path: str
@@ -39,6 +41,7 @@ class HFTextConfig(Prompts):
     pad: Literal["longest", "max_length"] = "longest"
     projection: bool = True
     pooler: bool = False
+    space: Space | None = None
 
 
 class HFText(TextEncoder):
@@ -46,13 +49,14 @@ class HFText(TextEncoder):
 
     Choose the pool at the tower: ``mean`` for sentence-transformers models, ``cls`` or ``last`` where the model card
     says so, ``eos`` or ``native`` for CLIP, ``native`` for other joint models. Padding is on the right whatever the
-    tokenizer's own side is, and is told by the mask, never by the padding id.
+    tokenizer's own side is (but for SigLIP, which reads it), and is told by the mask, never by the padding id.
 
     `forward` calls the model with ids, exactly as transformers users do. `tokenize` gives the input embeddings,
     *without* positions, which the model adds inside `encode`; so tokens cannot be dropped, but where the embeddings are
     as wide as the output they can be hidden. A projection is linear and is applied to every token, which commutes with
-    the pools; where it changes the width, ``"layers"`` is not supported. CLAP's is not linear: it is applied to the
-    pooled vector alone, of width ``pooled_width``, which is not yet of length 1 (``get_text_features`` makes it so).
+    the pools; where it changes the width, ``"layers"`` is not supported. CLAP's and PE's is not linear: it is applied
+    to the pooled vector alone, of width ``pooled_width``, which is not of length 1 (CLAP's ``get_text_features`` makes
+    it so).
     """
 
     Config = HFTextConfig
@@ -70,7 +74,9 @@ class HFText(TextEncoder):
         else:
             source = locate(config.path)
             options = {"revision": config.revision, "local_files_only": config.local_files_only}
-            self.model, self.hf_config, missing = load(source, projection=config.projection, **options)
+            self.model, self.hf_config, missing = load(
+                source, projection=config.projection, space=config.space, **options
+            )
         if not config.pooler:
             without_pooler(self.model)
         elif missing:
@@ -91,8 +97,8 @@ class HFText(TextEncoder):
         if self._embedding.embedding_dim != self.width:  # a mask token is as wide as the encoder's output
             self.supports = self.supports - {"mask_token"}
         self.depth = self.hf_config.num_hidden_layers if "layers" in self.supports else 0
-        parameters = inspect.signature(self.model.forward).parameters
-        self._is_clip = kind in ("clip_text_model", "metaclip_2_text_model")
+        parameters = inspect.signature(self._inner.forward).parameters
+        self._is_clip = kind in ("clip_text_model", "metaclip_2_text_model", "xclip_text_model")
         self._reads_first = isinstance(self.model, TextPart) and self._projection is not None
         self._takes_embeddings = "inputs_embeds" in parameters
 
@@ -142,11 +148,18 @@ class HFText(TextEncoder):
         return frame_of(self.tokenizer("a b")["input_ids"], self.pieces("a b"))
 
     def collate(self, items: Sequence[Inputs]) -> Inputs:
-        """Pad on the right; see the config's ``pad``. SigLIP's padding counts as tokens: it is ``valid``."""
-        if self.full_length or self.config.pad == "max_length":
-            inputs = self.pad(items, self.max_length)
-            return {**inputs, "valid": torch.ones_like(inputs["valid"])} if self.full_length else inputs
-        return super().collate(items)
+        """Pad on the right; see the config's ``pad``.
+
+        SigLIP's padding counts as tokens: it is ``valid``, and stands on the side where its tokenizer puts it.
+        """
+        if not self.full_length:
+            return self.pad(items, self.max_length) if self.config.pad == "max_length" else super().collate(items)
+        inputs = self.pad(items, self.max_length)
+        counts = inputs["valid"].sum(1, keepdim=True)
+        if self.tokenizer.padding_side == "left":
+            turned = (torch.arange(self.max_length) + counts) % self.max_length
+            inputs = {name: values.gather(1, turned) for name, values in inputs.items()}
+        return {**inputs, "valid": torch.ones_like(inputs["valid"])}
 
     def tokenize(self, inputs: Inputs) -> Tokens:
         """``ids`` [B, L] to input embeddings [B, L, D]; the model adds positions itself."""

@@ -1,4 +1,4 @@
-"""Hugging Face video models: VideoMAE, V-JEPA 2, TimeSformer and ViViT, with the preprocessing of their checkpoint.
+"""Hugging Face video models: VideoMAE, V-JEPA 2, TimeSformer, ViViT, X-CLIP and PE-AV, with their own preprocessing.
 
 In a recipe::
 
@@ -33,8 +33,9 @@ class HFVideoConfig(Sampling):
 
     path: a folder, a hub id, or ``package:name/folder`` for a folder inside an installed Python package. revision: hub
     branch, tag or commit. local_files_only: never touch the network. frames: None = as the model was trained, which is
-    all that models but V-JEPA 2 can read. pooler: keep the pooling layer of ViViT, for pool "native"; without it that
-    layer would get no gradient. ``short`` must be "repeat".
+    all that models but V-JEPA 2 and PE can read; PE's processor may say how many, else 16. pooler: keep the pooling
+    layer of ViViT, for pool "native"; without it that layer would get no gradient. projection: keep what leads to the
+    joint space of X-CLIP or PE, for pool "native". ``short`` must be "repeat".
     """
 
     path: str
@@ -42,6 +43,7 @@ class HFVideoConfig(Sampling):
     local_files_only: bool = False
     frames: Annotated[int, Field(ge=1)] | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     pooler: bool = False
+    projection: bool = True
 
     def __post_init__(self) -> None:
         if self.short != "repeat":
@@ -53,19 +55,19 @@ class HFVideo(VideoEncoder):
 
     `prepare` lets the processor convert, resize and crop (to uint8); the model's device does what the processor would
     do next, rescaling and normalising, so that a batch view such as `video-augment` sees values in 0..1. Sampling is
-    ours. Tokens are the class token (TimeSformer, ViViT), then the tubelets, time first; coordinates are (tubelet,
-    row, column). The library's own call gives the same tokens; TimeSformer's in another order, time last.
+    ours. Tokens are the class token (TimeSformer, ViViT; of each frame: X-CLIP), then the tubelets, time first;
+    coordinates are (tubelet, row, column). The library's own call gives the same tokens; TimeSformer's in another
+    order, time last, and X-CLIP's frame by frame.
 
-    Choose the pool at the tower: ``mean`` for VideoMAE and V-JEPA 2, ``cls`` for TimeSformer and ViViT. TimeSformer
-    cannot drop tokens, since it attends along the axes of its grid.
+    Choose the pool at the tower: ``mean`` for VideoMAE and V-JEPA 2, ``cls`` for TimeSformer and ViViT, ``native`` for
+    X-CLIP and PE, whose pooled vector is the checkpoint's embedding. TimeSformer and X-CLIP cannot drop tokens, since
+    they attend along the axes of their grid; PE cannot either. A token of PE is a whole frame.
     """
 
     Config = HFVideoConfig
     supports = frozenset({"tokens", "drop_tokens", "layers"})
 
     def __init__(self, config: HFVideoConfig, files: Path | None = None) -> None:
-        from transformers import AutoVideoProcessor
-
         if files is not None and (files / "config.json").is_file():
             source, options = str(files), {"local_files_only": True}
             model, hf_config = rebuild(files, choose)
@@ -79,17 +81,22 @@ class HFVideo(VideoEncoder):
         if config.pooler and (lacks or getattr(model, "pooler", None) is None):
             raise ValueError(f"path {config.path!r}: pooler is asked for, but the checkpoint has no values for one")
         family: Family = FAMILIES[hf_config.model_type]
-        frames = _frames(config, family, hf_config)
+        own = hf_config if family.own is None else getattr(hf_config, family.own)
+        processor = _processor(source, family, **options)
+        frames = _frames(config, family, own, processor)
         fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(Sampling)}
         super().__init__(config, files, sampling=Sampling(**{**fields, "frames": frames}))
-        with quiet():
-            self.processor: Any = AutoVideoProcessor.from_pretrained(source, trust_remote_code=False, **options)
+        self.processor = processor
         if hasattr(model, "pooler") and not config.pooler:
             model.pooler = None
-        self.family, self.hf_config = family, hf_config
+        if family.unpool is not None and not config.projection:
+            family.unpool(model)
+        self.family, self.hf_config, self.own, self.special = family, hf_config, own, family.special(own)
         self.model: Any = model if family.part is None else getattr(model, family.part)
-        self.width, self.depth = hf_config.hidden_size, hf_config.num_hidden_layers
+        self.width, self.depth = own.hidden_size, own.num_hidden_layers
         self.pooled_width = getattr(hf_config, "pooler_output_size", None) if config.pooler else None
+        if family.pool is not None and config.projection:
+            self.pooled_width = family.pooled_width(hf_config)
         if not family.drops:
             self.supports = self.supports - {"drop_tokens"}
 
@@ -108,11 +115,13 @@ class HFVideo(VideoEncoder):
 
     def prepare_frames(self, frames: Sequence[np.ndarray]) -> Inputs:
         """The processor's resizing and cropping: uint8 [N, 3, H, W]."""
-        made = self.processor(
-            [np.stack(frames)], do_rescale=False, do_normalize=False, do_sample_frames=False,
-            input_data_format="channels_last", return_tensors="pt",
-        )  # fmt: skip
-        return {"frames": next(iter(made.values()))[0]}
+        options: dict[str, Any] = {"do_rescale": False, "do_normalize": False, "input_data_format": "channels_last"}
+        if self.family.images:
+            made = self.processor(list(frames), return_tensors="pt", **options)
+        else:
+            made = self.processor([np.stack(frames)], do_sample_frames=False, return_tensors="pt", **options)
+        values = next(iter(made.values()))
+        return {"frames": values.reshape(-1, *values.shape[-3:])}
 
     def normalize(self, frames: Tensor) -> Tensor:
         """Uint8, or float in 0..1, [B, T, 3, H, W], by the processor's own arithmetic."""
@@ -127,15 +136,15 @@ class HFVideo(VideoEncoder):
         """``{"frames": [B, T, 3, H, W]}`` to embeddings; positions are added (V-JEPA 2 turns by them later instead)."""
         frames = inputs["frames"]
         B, T, _, H, W = frames.shape
-        t, h, w = self.family.tubelet(self.hf_config)
-        shape = (T // t, H // h, W // w)
+        t, h, w = self.family.tubelet(self.own)
+        shape = (T // t, H // (h or H), W // (w or W))
         some = frames if B else frames.new_zeros(1, *frames.shape[1:])  # the library cannot run on none
-        if self.family.side is not None and shape[1:] != (self.family.side(self.hf_config),) * 2:
-            raise ValueError(f"frames of {H} x {W}: this model reads {self.hf_config.crop_size} x the same")
+        if self.family.side is not None and shape[1:] != (self.family.side(self.own),) * 2:
+            raise ValueError(f"frames of {H} x {W}: this model reads {self.own.crop_size} x the same")
         values = self.family.embed(self.model, self.normalize(some))
         if self.family.time_last:
             values = self._turned(values, shape[1] * shape[2])
-        return Tokens(values[:B], Grid.regular(B, shape, special=self.family.special, device=values.device))
+        return Tokens(values[:B], Grid.regular(B, shape, special=self.special, device=values.device))
 
     def encode_clips(self, tokens: Tokens, layers: Sequence[int]) -> Encoding:
         """The model's blocks and last norm; layers are block outputs, not normed.
@@ -150,8 +159,8 @@ class HFVideo(VideoEncoder):
         else:
             outs = self._by_count(values, grid.valid, self._places(grid), layers)
         some, *asked = (out[: len(values)] for out in outs)
-        pooler = getattr(self.model, "pooler", None)
-        return Encoding(Tokens(some, grid), None if pooler is None else pooler(some), tuple(asked))
+        pooled = self._pooled(outs[0])
+        return Encoding(Tokens(some, grid), None if pooled is None else pooled[: len(values)], tuple(asked))
 
     def layer_modules(self) -> list[nn.Module]:
         """See `Encoder.layer_modules`."""
@@ -164,8 +173,20 @@ class HFVideo(VideoEncoder):
 
     def no_weight_decay(self) -> set[str]:
         """Learned positions and class tokens."""
-        ends = ("position_embeddings", "time_embeddings", "cls_token")
+        ends = (
+            "position_embeddings",
+            "time_embeddings",
+            "cls_token",
+            "position_embedding",
+            "position_embedding.weight",
+        )
         return {name for name, _ in self.named_parameters() if name.endswith(ends)}
+
+    def _pooled(self, values: Tensor) -> Tensor | None:
+        if self.family.pool is not None:
+            return self.family.pool(self.model, values)
+        pooler = getattr(self.model, "pooler", None)
+        return None if pooler is None else pooler(values)
 
     def _by_count(self, values: Tensor, valid: Tensor, places: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """`_run` on the valid tokens alone; zeros at padding."""
@@ -187,29 +208,38 @@ class HFVideo(VideoEncoder):
         times = shape[0] if self.family.time_last and shape is not None else 0
         values = self._turned(values, times) if times else values
         found: dict[int, Tensor] = {}
+        told = places if self.family.told is None else self.family.told(self.model, values)
         for number, block in enumerate(self.family.blocks(self.model), start=1):
-            values = self.family.block(block, values, places)
+            values = self.family.block(block, values, told)
             found[number] = values
         norm = self.family.norm(self.model)
         outs = [values if norm is None else norm(values), *(found[number] for number in layers)]
-        return [self._turned(out, (out.shape[1] - self.family.special) // times) for out in outs] if times else outs
+        return [self._turned(out, (out.shape[1] - self.special) // times) for out in outs] if times else outs
 
     def _places(self, grid: Grid) -> Tensor:
         """The place of each token in the full grid, int64 [B, N]."""
-        side = 1 if self.family.side is None else self.family.side(self.hf_config)
+        side = 1 if self.family.side is None else self.family.side(self.own)
         time, row, column = grid.coords.long().unbind(-1)
         return (time * side + row) * side + column
 
     def _turned(self, values: Tensor, outer: int) -> Tensor:
         """Exchange time and place behind the class tokens; ``outer``: how many there are of what comes first now."""
-        S = self.family.special
+        S = self.special
         cells = values[:, S:].unflatten(1, (outer, -1)).transpose(1, 2).flatten(1, 2)
         return torch.cat([values[:, :S], cells], 1)
 
 
-def _frames(config: HFVideoConfig, family: Family, hf_config: Any) -> int:
+def _processor(source: str, family: Family, **options: Any) -> Any:
+    import transformers
+
+    kind: Any = transformers.AutoImageProcessor if family.images else transformers.AutoVideoProcessor
+    with quiet():
+        return kind.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def _frames(config: HFVideoConfig, family: Family, hf_config: Any, processor: Any) -> int:
     """How many frames a clip has."""
-    own = int(getattr(hf_config, family.frames))
+    own = int(getattr(processor, "num_frames", None) or 16) if not family.frames else getattr(hf_config, family.frames)
     asked = own if config.frames is None else config.frames
     t = family.tubelet(hf_config)[0]
     if asked != own and not family.any_length:

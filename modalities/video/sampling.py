@@ -23,16 +23,17 @@ class Sampling:
     """Which frames are read.
 
     frames: how many a clip has, T. sampling: "uniform", the video in T equal parts by frame number and one frame of
-    each; or "fps", T frames at ``fps`` a second. fps: frames a second of the clip, for sampling "fps". clips: how many
-    clips are read where there is no view, for evaluation: each is encoded by itself, and the tokens of all come out
-    together, so that pool "mean" averages over clips (as ``pooled`` does), and the tower then projects and normalises.
-    short: a video of fewer frames than T is filled up by repeating its last frame, or has fewer, the rest of the batch
-    being marked as padding. assumed_fps: the frame rate of arrays, lists and raw streams that have none. background:
-    colour behind transparency, 0..255. max_pixels, max_frames: videos of larger or more frames are refused unread.
+    each; "ends", T frames from the first to the last, whatever the phase; or "fps", T frames at ``fps`` a second. fps:
+    frames a second of the clip, for sampling "fps". clips: how many clips are read where there is no view, for
+    evaluation: each is encoded by itself, and the tokens of all come out together, so that pool "mean" averages over
+    clips (as ``pooled`` does), and the tower then projects and normalises. short: a video of fewer frames than T is
+    filled up by repeating its last frame, or has fewer, the rest of the batch being marked as padding. assumed_fps: the
+    frame rate of arrays, lists and raw streams that have none. background: colour behind transparency, 0..255.
+    max_pixels, max_frames: videos of larger or more frames are refused unread.
     """
 
     frames: Annotated[int, Field(ge=1)] = 8
-    sampling: Literal["uniform", "fps"] = "uniform"
+    sampling: Literal["uniform", "ends", "fps"] = "uniform"
     fps: Annotated[float, Field(gt=0)] = 4.0
     clips: Annotated[int, Field(ge=1)] = 1
     short: Literal["repeat", "mask"] = "repeat"
@@ -53,6 +54,8 @@ def choose(times: np.ndarray, end: float, how: Sampling, phases: list[float]) ->
     """
     if how.sampling == "uniform":
         clips = [uniform(len(times), how.frames, phase) for phase in phases]
+    elif how.sampling == "ends":
+        clips = [ends(len(times), how.frames) for _ in phases]
     else:
         clips = [at_rate(times, end, how.frames, how.fps, phase) for phase in phases]
     chosen = np.stack(clips)
@@ -72,6 +75,11 @@ def uniform(count: int, frames: int, phase: float = 0.5) -> np.ndarray:
     if count <= frames:
         return np.arange(count)
     return np.minimum(np.floor((np.arange(frames) + phase) * count / frames), count - 1).astype(np.int64)
+
+
+def ends(count: int, frames: int) -> np.ndarray:
+    """Frame ``floor(i * (count - 1) / (frames - 1))`` for i < frames; a short video repeats frames."""
+    return np.arange(frames) * (count - 1) // max(frames - 1, 1)
 
 
 def at_rate(times: np.ndarray, end: float, frames: int, fps: float, phase: float = 0.5) -> np.ndarray:

@@ -180,8 +180,8 @@ def test_what_cannot_be_read_says_why(tmp_path):
          "of the parts WordWeights"),
     ]  # fmt: skip
     save_file({"a": torch.zeros(1)}, tmp_path / "code" / "model.safetensors")
-    save_file({"a": torch.zeros(1)}, folder("seen", config__json={"model_type": "xclip"}) / "model.safetensors")
-    cases.append((tmp_path / "seen", "is a 'xclip' model, which no encoder here reads"))
+    save_file({"a": torch.zeros(1)}, folder("seen", config__json={"model_type": "flava"}) / "model.safetensors")
+    cases.append((tmp_path / "seen", "is a 'flava' model, which no encoder here reads"))
     for place, message in cases:
         with pytest.raises(ModelFolderError, match=message):
             mmrep.load(place)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class Part:
-    """One tower: its encoder's registered type, and its pool."""
+    """One tower: its encoder's registered type, its pool, and other fields of the encoder."""
 
     encoder: str
     pool: str = "native"
+    fields: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Another temperature of a checkpoint: the parameters of a scale that is no logarithm, and of its bias."""
+
+    scale: str
+    bias: str
 
 
 @dataclass(frozen=True)
@@ -20,17 +29,21 @@ class Joint:
 
     Attributes:
         towers: by name.
-        scale: parameter that holds the logarithm of the logit scale, or the temperature itself.
+        scale: parameter of the logit scale.
         bias: parameter of the bias, None = no bias.
-        inverse: ``scale`` is a temperature that similarities are divided by.
-        highest: bound of the scale in the family's training, None = none.
+        holds: what ``scale`` is: the logarithm of the logit scale, that itself, or a temperature to divide by.
+        highest: upper bound of the scale in the family's training, where there is a lower one, too; None = none.
+        unit: embeddings have unit length.
+        others: of several pairs of towers, the temperatures of the rest, by name.
     """
 
     towers: dict[str, Part]
     scale: str = "logit_scale"
     bias: str | None = None
-    inverse: bool = False
+    holds: Literal["log", "scale", "temperature"] = "log"
     highest: float | None = 100.0
+    unit: bool = True
+    others: dict[str, Scale] = field(default_factory=dict[str, Scale])
 
 
 _IMAGE_TEXT = {"image": Part("hf-image"), "text": Part("hf-text")}
@@ -41,10 +54,35 @@ JOINT = {
     "altclip": Joint(_IMAGE_TEXT),
     "siglip": Joint(_IMAGE_TEXT, bias="logit_bias", highest=None),
     "siglip2": Joint(_IMAGE_TEXT, bias="logit_bias", highest=None),
-    "align": Joint(_IMAGE_TEXT, scale="temperature", inverse=True, highest=None),
-    "clap": Joint({"audio": Part("hf-audio"), "text": Part("hf-text")}, scale="logit_scale_a", highest=None),
-}
+    "align": Joint(_IMAGE_TEXT, scale="temperature", holds="temperature", highest=None),
+    "clap": Joint({"audio": Part("hf-audio"), "text": Part("hf-text")}, scale="logit_scale_a"),
+    "xclip": Joint({"video": Part("hf-video"), "text": Part("hf-text")}, highest=None),
+    "pe_audio": Joint(
+        {"audio": Part("hf-audio"), "text": Part("hf-text")}, scale="text_audio_logit_scale",
+        bias="text_audio_logit_bias", holds="scale", highest=None, unit=False,
+    ),
+    "pe_video": Joint(
+        {"video": Part("hf-video", fields={"sampling": "ends"}), "text": Part("hf-text")},
+        scale="text_video_logit_scale", bias="text_video_logit_bias", holds="scale", highest=None, unit=False,
+    ),
+    "pe_audio_video": Joint(
+        {"audio": Part("hf-audio"), "video": Part("hf-video", fields={"sampling": "ends"}),
+         "text_audio": Part("hf-text", fields={"space": "audio"}),
+         "text_video": Part("hf-text", fields={"space": "video"})},
+        scale="audio_video_logit_scale", bias="audio_video_logit_bias", holds="scale", highest=None, unit=False,
+        others={"text_audio": Scale("audio_model.text_audio_logit_scale", "audio_model.text_audio_logit_bias"),
+                "text_video": Scale("video_model.text_video_logit_scale", "video_model.text_video_logit_bias")},
+    ),
+}  # fmt: skip
 """Model types of two towers; the pools are what the library's ``get_…_features`` return."""
+
+ELSEWHERE = {
+    "LanguageBind": "its code is a package of its own, which transformers does not have. A tower of LanguageBind is a "
+    "CLIP's, in videos with attention over time besides, which no encoder here has. One without (add_time_attn: false "
+    "in its vision_config; and the text) can be read where its weights are saved again as transformers' "
+    "CLIPVisionModelWithProjection or CLIPTextModelWithProjection, each in a folder of its own",
+}
+"""By how model types begin that no version of transformers knows, what to do about them."""
 
 _POOLS = {
     "vit": "cls", "beit": "mean", "deit": "cls", "vit_mae": "cls", "dinov3_convnext": "native",

@@ -10,22 +10,25 @@ from typing import Any
 import torch
 
 from mmrep.hub.bridges import _sentences
-from mmrep.hub.bridges._families import JOINT, Joint, Part, single
+from mmrep.hub.bridges._families import ELSEWHERE, JOINT, Joint, Part, single
 from mmrep.hub.bridges.bridge import Bridge, Values, tower, width
 from mmrep.hub.fetch import PICKLES, Fetched, ModelFolderError, fetch
 from mmrep.hub.pretrained import locate
 from mmrep.model import Model
 from mmrep.registry import near
 
+_NO_BOUND = 1e-9
+"""Of a scale, from below."""
+
 
 class HuggingFace(Bridge):
     """A model of transformers, or a folder of sentence-transformers, with its preprocessing.
 
-    Joint models (CLIP, MetaCLIP 2, Chinese-CLIP, AltCLIP, SigLIP, SigLIP 2, ALIGN, CLAP) become two towers in one
-    space, with the checkpoint's scale and bias; embeddings are what ``get_image_features`` and the like return, of
-    unit length. Any other model is one tower: text is pooled by the mean, or the last token of decoders, as
-    sentence-transformers does where a folder does not say otherwise. A sentence-transformers folder brings its pooling,
-    dense layer, normalisation, prompts and length.
+    Joint models (CLIP, MetaCLIP 2, Chinese-CLIP, AltCLIP, SigLIP, SigLIP 2, ALIGN, CLAP, X-CLIP, PE) become towers in
+    one space, with the checkpoint's scale and bias; embeddings are what ``get_image_features`` and the like return, of
+    unit length (PE's are not). Any other model is one tower: text is pooled by the mean, or the last token of decoders,
+    as sentence-transformers does where a folder does not say otherwise. A sentence-transformers folder brings its
+    pooling, dense layer, normalisation, prompts and length.
     """
 
     def __init__(self, name: str, *, pool: str | None = None, **hub: Any) -> None:
@@ -77,23 +80,34 @@ class HuggingFace(Bridge):
 
     def _joint(self, joint: Joint, where: dict[str, Any]) -> dict[str, Any]:
         towers = {name: self._tower(part, where) for name, part in joint.towers.items()}
-        scale, bias = self._temperature(joint)
-        temperature: dict[str, Any] = {"scale": scale, "bias": bias, "max_scale": joint.highest}
+        temperatures = {"default": self._temperature(joint, joint.scale, joint.bias)}
+        temperatures |= {
+            name: self._temperature(joint, other.scale, other.bias) for name, other in joint.others.items()
+        }
         document = json.loads((self.inner / "config.json").read_text())
         dim = document.get("projection_dim") or document["text_config"].get("projection_size")
         if self.kind in ("siglip", "siglip2"):
             dim = document["text_config"].get("projection_size") or document["vision_config"]["hidden_size"]
-        return {"dim": dim, "towers": towers, "temperatures": {"default": temperature}}
+        if self.kind.startswith("pe_"):
+            dim = document["text_config"]["hidden_size"]
+        return {"dim": dim, "towers": towers, "normalize": joint.unit, "temperatures": temperatures}
 
     def _tower(self, part: Part, where: dict[str, Any]) -> dict[str, Any]:
-        return tower({"type": part.encoder, **where}, self.pool or part.pool)
+        return tower({"type": part.encoder, **where, **part.fields}, self.pool or part.pool)
 
-    def _temperature(self, joint: Joint) -> tuple[float, float | None]:
+    def _temperature(self, joint: Joint, scale: str, bias: str | None) -> dict[str, Any]:
         values = Values(self.inner)
-        if joint.scale not in values:
-            raise ModelFolderError(f"{self.name!r} has no {joint.scale!r}: it is not a whole {self.kind!r} model")
-        raw = values.scalar(joint.scale)
-        return 1 / raw if joint.inverse else math.exp(raw), None if joint.bias is None else values.scalar(joint.bias)
+        if scale not in values:
+            raise ModelFolderError(f"{self.name!r} has no {scale!r}: it is not a whole {self.kind!r} model")
+        raw = values.scalar(scale)
+        if joint.holds != "log" and not raw > 0:
+            raise ModelFolderError(f"{self.name!r}: {scale} is {raw:g}, and a scale is above 0: was it never trained?")
+        found: dict[str, Any] = {
+            "scale": math.exp(raw) if joint.holds == "log" else 1 / raw if joint.holds == "temperature" else raw,
+            "bias": None if bias is None else values.scalar(bias),
+            "max_scale": joint.highest,
+        }
+        return found if joint.highest is not None else {**found, "min_scale": _NO_BOUND}
 
     @torch.no_grad()
     def fill(self, model: Model) -> None:
@@ -101,7 +115,7 @@ class HuggingFace(Bridge):
         if self.modules is not None:
             self.modules.fill(model)
         joint = JOINT.get(self.kind) if self.modules is None else None
-        if joint is not None and not joint.inverse:  # the parameter itself, not what became of it by exp and log
+        if joint is not None and joint.holds == "log":  # the parameter itself, not what became of it by exp and log
             if "default" in model.temperatures:  # a recipe may have left it out
                 model.temperature("default").log_scale.fill_(Values(self.inner).scalar(joint.scale))
 
@@ -130,6 +144,9 @@ def _kind(name: str, folder: Path) -> str:
                 "mmrep never runs code of a repository. Where you trust it: load it with transformers and "
                 "its trust_remote_code inside an encoder of your own (see CONTRIBUTING.md, a new encoder)"
             )
+        for start, hint in ELSEWHERE.items():
+            if kind.startswith(start):
+                raise ModelFolderError(f"{name!r} is a {kind!r} model: {hint}")
         raise ModelFolderError(
             f"{name!r}: its config.json has model_type {kind!r}, which the installed transformers does not know"
             f"{near(kind, CONFIG_MAPPING_NAMES)}"

@@ -74,7 +74,9 @@ def make(kind: str) -> tuple[Any, Any]:
         "siglip2": lambda: (
             hf.Siglip2Model(hf.Siglip2Config(text_config={**SIZES, "projection_size": 16},
                                              vision_config={**VISION, "num_patches": 4})),
-            hf.Siglip2Tokenizer(vocab=pieces, merges=[], model_max_length=16, add_eos_token=True),
+            hf.Siglip2Tokenizer(  # right as in the released checkpoints; the class itself pads on the left
+                vocab=pieces, merges=[], model_max_length=16, add_eos_token=True, padding_side="right"
+            ),
         ),
         "metaclip2": lambda: (
             hf.MetaClip2Model(hf.MetaClip2Config(text_config=clip_text, vision_config=clip_vision, projection_dim=16)),

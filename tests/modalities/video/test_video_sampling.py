@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mmrep.config import ConfigError, component
-from mmrep.modalities.video.sampling import Sampling, at_rate, choose, phases, uniform
+from mmrep.modalities.video.sampling import Sampling, at_rate, choose, ends, phases, uniform
 
 
 def regular(count: int, fps: float = 10.0) -> tuple[np.ndarray, float]:
@@ -86,3 +86,12 @@ def test_wrong_sampling_says_what_is_allowed():
     ]:
         with pytest.raises(ConfigError, match=message):
             component("encoders", "video-transformer", **fields)
+
+
+def test_ends_reads_the_first_and_the_last_frame_whatever_the_phase():
+    assert ends(10, 4).tolist() == [0, 3, 6, 9]
+    assert ends(3, 4).tolist() == [0, 0, 1, 2]
+    assert ends(5, 1).tolist() == [0]
+    times, end = regular(10)
+    how = Sampling(frames=4, sampling="ends")
+    assert choose(times, end, how, [0.1, 0.9]).tolist() == [[0, 3, 6, 9]] * 2
