@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def violations(own: Tensor, wanted: Tensor, margin: float, mine: Tensor) -> tupl
         many others have the same ``wanted``. A pair counts for both of its members or for neither, however ``own`` and
         ``margin`` round.
     """
-    levels, sizes = wanted.unique(return_inverse=True, return_counts=True)[1:]
+    levels, sizes = cast("tuple[Tensor, Tensor]", cast(Any, wanted).unique(return_inverse=True, return_counts=True)[1:])
     values, order = own.sort(stable=True)
     place = torch.empty_like(order)
     place[order] = torch.arange(len(order), device=own.device)

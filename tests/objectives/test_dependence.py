@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import combinations
 
 import pytest
@@ -28,10 +29,10 @@ def root(*representations, normalize=False, **fields):
 
 
 def batch(built, absent=()):
-    """Two readings of pictures, of which the second is the first with noise."""
+    """Three readings of pictures, paler and paler."""
     here = [i for i in range(N) if i not in absent]
     pixels = torch.rand(N, 3, 8, 8, generator=torch.Generator().manual_seed(1))[here]
-    readings = [(255 * x).to(torch.uint8) for x in (pixels, 0.8 * pixels + 0.1)]
+    readings = [(255 * x).to(torch.uint8) for x in (pixels, 0.8 * pixels + 0.1, 0.5 * pixels)]
     made = ssl_toys.batch(range(N), fields="")
     made.inputs["x"] = [{"pixels": x} for x in readings]
     made.present["x"] = torch.tensor([i not in absent for i in range(N)])
@@ -40,20 +41,20 @@ def batch(built, absent=()):
 
 def test_it_is_the_loss_of_views_and_what_is_missing_of_each_dependence():
     mean = {**HOG, "of": "mean", "weight": 0.5}
-    built = root(HOG, mean, across=2.0)
+    built = root(HOG, mean, across=2.0, views=[0, 1, 2])
     made = batch(built, absent=(2,))
     out = built(made)
     tower = built.model.tower("a")
-    views = [tower(made.inputs["x"][v]) for v in (0, 1)]
+    views = [tower(made.inputs["x"][v]) for v in (0, 1, 2)]
     histograms = hog(made.inputs["x"][0]["pixels"].float(), 9, 4).double()  # [B, 3, 9, 2, 2], of what view 0 shows
     patches = histograms.flatten(1, 2).flatten(2).movedim(1, 2)
     fixed = [patches.flatten(1), patches.mean(1)]
     own = view_losses.get("vicreg")(view_losses.get("vicreg").Config(invariance=1.0, variance=1.0, covariance=0.04))
     expected = own(views)["loss"] + 2 * sum(1 - twin(a, b) for a, b in combinations(views, 2))
     for weight, r in zip((1.0, 0.5), fixed, strict=True):
-        expected = expected + weight * sum(1 - twin(r, z) for z in views) / 2
+        expected = expected + weight * sum(1 - twin(r, z) for z in views) / 3
     torch.testing.assert_close(out["loss"], expected, rtol=1e-6, atol=1e-9)
-    assert out["dependence/dependence-1"] == pytest.approx(sum(twin(fixed[1], z).item() for z in views) / 2, rel=1e-6)
+    assert out["dependence/dependence-1"] == pytest.approx(sum(twin(fixed[1], z).item() for z in views) / 3, rel=1e-6)
     trained = [p for p in built.parameters() if p.requires_grad]
     mine, theirs = (torch.autograd.grad(x, trained, retain_graph=True) for x in (out["loss"], expected))
     for a, b in zip(mine, theirs, strict=True):
@@ -88,6 +89,23 @@ def test_what_cannot_be_is_refused_when_built(fields, words):
     chosen = {"representations": [HOG], **fields}
     with pytest.raises(ConfigError, match=words):
         root(*chosen.pop("representations"), **chosen)
+
+
+def test_what_is_said_of_padding_and_class_tokens_is_not_read(monkeypatch):
+    chosen = component(
+        "objectives", "dependence", field="x", representations=[{"target": {"type": "content"}, "of": "mean"}]
+    )
+    built, made = ssl_toys.build(chosen).eval(), ssl_toys.batch(range(6))
+    expected = built(made)["dependence/dependence-0"]
+    content = ssl_toys.SSLToy.content
+
+    def noisy(self, inputs):
+        found = content(self, inputs)
+        return dataclasses.replace(found, values=found.values + 50 * ~inputs["valid"][..., None])
+
+    monkeypatch.setattr(ssl_toys.SSLToy, "content", noisy)
+    assert not made.inputs["x"][0]["valid"].all()
+    torch.testing.assert_close(built(made)["dependence/dependence-0"], expected)
 
 
 def test_tokens_of_different_numbers_do_not_stand_side_by_side():
