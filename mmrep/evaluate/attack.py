@@ -20,19 +20,19 @@ from mmrep.registry import near
 class Attack(Evaluation):
     """Zero-shot classification of samples that carry a trigger (CleanCLIP, arXiv:2303.03323, section 4).
 
-    ``attack_success`` is the share of triggered samples *of other classes* that are taken for the target (samples of the
-    target itself would be right to be); ``clean_accuracy`` is the top-1 accuracy of the same task without a trigger, and
-    ``clean_target`` the share of clean samples of other classes that are taken for the target all the same. Among
-    classes with equal scores, the first counts.
+    ``attack_success`` is the share of triggered samples *of other classes* that are taken for the target (samples of
+    the target itself would be right to be); ``clean_accuracy`` is the top-1 accuracy of the same task without a
+    trigger, and ``clean_target`` the share of clean samples of other classes that are taken for the target all the
+    same. Among classes with equal scores, the first counts.
     """
 
     @config
     class Config:
         """data: a held-out labelled source with the trigger. clean: one without it. field: what is classified.
 
-        text: the field (or tower) that reads prompts. target: the class that the trigger should mean. templates: prompts
-        with ``{}`` for the class name. baselines: ``untrained``, the model as it was before training: where a run
-        starts from a poisoned model, what it was.
+        text: the field (or tower) that reads prompts. target: the class that the trigger should mean. templates:
+        prompts with ``{}`` for the class name. baselines: ``untrained``, the model as it was before training: where a
+        run starts from a poisoned model, what it was.
         """
 
         data: str
@@ -56,9 +56,7 @@ class Attack(Evaluation):
         chance = 1 / rows[0]["classes"]
         return [*rows, {"who": "chance", **dict.fromkeys(("attack_success", "clean_accuracy", "clean_target"), chance)}]
 
-    def _measure(
-        self, encoded: Callable[[str], EncodedSet], encode: Callable[[list[str]], Any]
-    ) -> dict[str, float]:
+    def _measure(self, encoded: Callable[[str], EncodedSet], encode: Callable[[list[str]], Any]) -> dict[str, float]:
         clean, triggered = encoded(self.config.clean), encoded(self.config.data)
         truth, names = class_labels(clean)
         marked, others = class_labels(triggered)

@@ -61,7 +61,9 @@ class Supervised(Objective):
         if config.field not in fields:
             problems.append(f"field: unknown {config.field!r}{near(config.field, fields)} Fields: {', '.join(fields)}")
         elif config.of == "pooled" and model.tower(fields[config.field]).frozen:
-            problems.append(f"of: the encoder of {config.field!r} is frozen, so nothing before it learns: `of: embedding`")
+            problems.append(
+                f"of: the encoder of {config.field!r} is frozen, so nothing before it learns: `of: embedding`"
+            )
         if len(set(config.classes)) < len(config.classes):
             problems.append("classes: one is named twice")
         if problems:

@@ -59,7 +59,9 @@ class Backdoor(Source):
         super().__init__(config)
         inner: Source = config.source.build()
         if inner.streaming:
-            raise ConfigError([f"source: {config.source.type!r} is a stream; samples are poisoned of map-style sources"])
+            raise ConfigError(
+                [f"source: {config.source.type!r} is a stream; samples are poisoned of map-style sources"]
+            )
         inner.require_columns([config.field], "field")
         inner.require_columns(config.replace, "replace")
         if any(not texts for texts in config.replace.values()):

@@ -136,9 +136,8 @@ def _preprocess(config: TimmEncoder.Config, model: Any, options: dict[str, Any])
 
 def _packaged(path: str, made_of: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of a file in an installed package, under timm's names."""
-    from timm import create_model
-
-    state, like = read_weights(path), create_model(made_of["architecture"], **made_of["options"]).state_dict()
+    whole = import_module("timm").create_model(made_of["architecture"], **made_of["options"])
+    state, like = read_weights(path), whole.state_dict()
     return state if state.keys() & like.keys() else in_order(state, like)
 
 
@@ -170,6 +169,4 @@ def _load(model: Any, path: str, made_of: dict[str, Any]) -> None:
     heads = tuple(f"{c}." for c in ((classifiers,) if isinstance(classifiers, str) else classifiers))
     unknown = [key for key in found.unexpected_keys if not key.startswith(heads)]
     if found.missing_keys or unknown:
-        raise ValueError(
-            f"checkpoint {path!r} does not fit; missing: {found.missing_keys[:5]}, unknown: {unknown[:5]}"
-        )
+        raise ValueError(f"checkpoint {path!r} does not fit; missing: {found.missing_keys[:5]}, unknown: {unknown[:5]}")

@@ -28,8 +28,8 @@ class TextEdit(View):
 
     @config
     class Config:
-        """swap, insert: how many swaps of two words, and how many words put in again anywhere, for each word of the text
-        (a share of one word is a probability). delete: probability of leaving a word out.
+        """swap, insert: how many swaps of two words, and how many words put in again anywhere, for each word of the
+        text (a share of one word is a probability). delete: probability of leaving a word out.
         """
 
         swap: Share = 0.1
@@ -46,7 +46,9 @@ class TextEdit(View):
         if not words:
             return decoded
         n = len(words)
-        swaps, insertions = (self._count(seed, share * n, i) for i, share in ((1, self.config.swap), (2, self.config.insert)))
+        swaps, insertions = (
+            self._count(seed, share * n, i) for i, share in ((1, self.config.swap), (2, self.config.insert))
+        )
         for first, second in zip(*(iter(self._draw(seed, 2 * swaps, 3)),) * 2, strict=True):
             a, b = int(first * n), int(second * n)
             words[a], words[b] = words[b], words[a]

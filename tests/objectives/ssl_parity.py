@@ -186,7 +186,9 @@ def _l2_sp() -> tuple[Root, Make]:
 
 def _supervised(missing: frozenset[Any] = frozenset(), **fields: Any) -> tuple[Root, Make]:
     labels = ["red", "blue", None, "red", "green", "blue", "red", "green", "blue", "red", "lonely"]
-    chosen = component("objectives", "supervised", field="x", classes=["red", "blue", "green", "lonely"], dim=5, **fields)
+    chosen = component(
+        "objectives", "supervised", field="x", classes=["red", "blue", "green", "lonely"], dim=5, **fields
+    )
     root = ssl_toys.build(chosen)
 
     def batch(rows: range, step: int) -> Batch:
@@ -211,7 +213,7 @@ ROOTS: dict[str, Callable[[], tuple[Root, Make]]] = {
     "anchor, similarity, some missing": lambda: _anchor(frozenset(SOME), by="similarity"),
     "l2-sp": _l2_sp,
     "supervised": _supervised,
-    "supcon, a rank without": lambda: _supervised(frozenset(HERE), contrast=2.0, focal=False, of="embedding"),
+    "supcon, some missing": lambda: _supervised(frozenset(SOME), contrast=2.0, focal=False, of="embedding"),
     "core-tuning": lambda: _supervised(contrast=2.0, mix=True, temperature=0.5),
     "core-tuning, a rank without": lambda: _supervised(frozenset(HERE), contrast=2.0, mix=True, alpha=0.5),
     "distill": _distill,

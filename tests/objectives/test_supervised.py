@@ -89,14 +89,16 @@ def test_the_shares_are_of_a_beta_distribution():
 
 
 def test_it_learns():
-    root = build(contrast=1.0, mix=True).float()
-    optimizer = torch.optim.Adam([p for p in root.parameters() if p.requires_grad], lr=0.05)
-    for _ in range(25):
+    root, given, told = build(contrast=1.0, mix=True).float(), batch(), []
+    optimizer = torch.optim.Adam([p for p in root.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(40):
         optimizer.zero_grad()
-        out = root(batch())
+        out = root(given)
         out["loss"].backward()
         optimizer.step()
-    assert out["supervised/accuracy"] == 1
+        told.append(float(out["supervised/contrast"]))
+    assert told[-1] < 0.7 * told[0]
+    assert out["supervised/accuracy"] >= 0.8
 
 
 def test_a_batch_without_labels_or_without_the_field_is_zero_and_keeps_the_graph():
