@@ -51,11 +51,8 @@ def mix_hard_pairs(
     with torch.no_grad():
         cosine = F.normalize(features, dim=1) @ F.normalize(everyone, dim=1).T
         same = labels[:, None] == kinds
-        others = same.clone()
-        others[torch.arange(len(own), device=own.device), own] = False
-        least = torch.where(others, cosine, torch.inf)
-        farthest = least.argmin(1) if len(kinds) else own
-        farthest = torch.where(others.any(1), farthest, own)
+        # A row is as like itself as can be: it is the least like it of its class only where it is alone there.
+        farthest = torch.where(same, cosine, torch.inf).argmin(1) if len(kinds) else own
         nearest = torch.where(same, -torch.inf, cosine).argmax(1) if len(kinds) else own
         rank = (~same).cumsum(1)  # the k-th row of another class is the first whose count is k
         wanted = (choice.double() * (~same).sum(1)).long() + 1

@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 
+import mmrep
 from mmrep.config import ConfigError
+from mmrep.finetune._command import merge
 from mmrep.finetune.delta import fuse_by_delta
 from mmrep.finetune.merge import soup
 from tests.finetune.test_merge import model, moved
@@ -55,3 +57,19 @@ def test_what_cannot_be_is_refused():
         fuse_by_delta(model(), [])
     with pytest.raises(ConfigError, match="models of one architecture"):
         fuse_by_delta(model(), [model(width=12)])
+
+
+def test_the_command_fuses_saved_models_and_refuses_what_does_not_go_together(tmp_path):
+    base = model()
+    named = {"base": base, "a": moved(base, 1), "b": moved(base, 2, scale=0.05)}
+    for name, one in named.items():
+        one.save_pretrained(tmp_path / name)
+    folders, options = [str(tmp_path / name) for name in "ab"], {"alpha": None, "base": str(tmp_path / "base")}
+    said = merge(folders, tmp_path / "out", **options, scale=(), by_delta=True)
+    assert "--by-delta" in said
+    found = mmrep.load(str(tmp_path / "out")).state_dict()
+    for name, value in fuse_by_delta(base, [named["a"], named["b"]]).state_dict().items():
+        torch.testing.assert_close(found[name], value)
+    for wrong in ({"scale": (0.5, 0.5)}, {"base": None, "scale": ()}):
+        with pytest.raises(ConfigError, match="--by-delta: goes with --base"):
+            merge(folders, tmp_path / "other", **{**options, **wrong}, by_delta=True)
