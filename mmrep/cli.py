@@ -107,11 +107,14 @@ def merge(
         list[float] | None,
         typer.Option(help="With --base, of each model; may be repeated. Default: 1 / number."),
     ] = None,
+    by_delta: Annotated[
+        bool, typer.Option("--by-delta", help="With --base: each tensor by how far each model has moved it.")
+    ] = False,
 ) -> None:
-    """Merge models in the space of their weights: interpolation, the mean of several, or task vectors."""
+    """Merge models in the space of their weights: interpolation, the mean of several, task vectors, or by deviation."""
     from mmrep.finetune._command import merge as merged
 
-    typer.echo(merged(models, out, alpha=alpha, base=base, scale=scale or ()))
+    typer.echo(merged(models, out, alpha=alpha, base=base, scale=scale or (), by_delta=by_delta))
 
 
 @app.command()

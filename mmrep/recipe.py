@@ -146,7 +146,7 @@ class Recipe:
             if self.train.eval_every is None:
                 problems.append("guard: it looks every train.eval_every steps, which is null")
         for name, chosen in self.evaluations.items():
-            for key in ("data", "train"):
+            for key in ("data", "train", "clean"):
                 source = getattr(chosen.config, key, None)
                 if source is not None and source not in self.data.evaluation:
                     problems.append(

@@ -118,7 +118,7 @@ class ZeroShot(Evaluation):
     def run(self, bench: Bench) -> list[Row]:
         """Rows for the model and chance."""
         encoded = bench.encoded(self.config.data)
-        labels, names = _labels(encoded)
+        labels, names = class_labels(encoded)
         tower = bench.fields.get(self.config.text, self.config.text)
         prompts = class_embeddings(
             lambda texts: np.asarray(bench.model.encode(texts, tower)), names, self.config.templates
@@ -198,7 +198,7 @@ def _probe(x: np.ndarray, labels: list[str], y: np.ndarray, answers: list[str]) 
     return linear_probe(x[kept], [labels[i] for i in kept], y, answers)
 
 
-def _labels(encoded: EncodedSet) -> tuple[np.ndarray, list[str]]:
+def class_labels(encoded: EncodedSet) -> tuple[np.ndarray, list[str]]:
     """Integer labels [n] and class names; labels given as names are numbered in sorted order."""
     raw = [s.label for s in encoded.samples]
     if any(label is None for label in raw):

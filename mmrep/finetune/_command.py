@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mmrep.config import ConfigError
+from mmrep.finetune.delta import fuse_by_delta
 from mmrep.finetune.merge import add_task_vectors, interpolate, soup
 from mmrep.finetune.sweep import sweep as measure
 from mmrep.finetune.sweep import write_sweep
@@ -16,7 +17,10 @@ from mmrep.results import results_markdown
 from mmrep.run import open_run
 
 
-def merge(models: Sequence[str], out: Path, *, alpha: float | None, base: str | None, scale: Sequence[float]) -> str:
+def merge(
+    models: Sequence[str], out: Path, *, alpha: float | None, base: str | None, scale: Sequence[float],
+    by_delta: bool = False,
+) -> str:  # fmt: skip
     """Merge saved models into a folder; returns what was done.
 
     Raises:
@@ -31,6 +35,8 @@ def merge(models: Sequence[str], out: Path, *, alpha: float | None, base: str | 
         problems.append(f"--alpha: interpolates two models, got {len(models)}; leave it out for the mean of all")
     elif base is None and len(models) < 2:
         problems.append("merge: name two models at least, or --base")
+    if by_delta and (base is None or scale):
+        problems.append("--by-delta: goes with --base, from which the models moved, and finds the scales itself")
     if base is None and scale:
         problems.append("--scale: goes with --base")
     if base is not None and scale and len(scale) != len(models):
@@ -41,6 +47,8 @@ def merge(models: Sequence[str], out: Path, *, alpha: float | None, base: str | 
     loaded = [_load(name) for name in models]
     if alpha is not None:
         merged, how = interpolate(loaded[0], loaded[1], alpha), f"{named} --alpha {alpha:g}"
+    elif base is not None and by_delta:
+        merged, how = fuse_by_delta(_load(base), loaded), f"{named} --base {base} --by-delta"
     elif base is not None:
         scales = list(scale) or [1 / len(models)] * len(models)
         merged = add_task_vectors(_load(base), loaded, scales)

@@ -17,10 +17,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from mmrep.config import config
+from mmrep.hub.torch_file import in_order, read_weights
 from mmrep.modalities.image._preprocess import Overrides, Preprocess
 from mmrep.modalities.image._trunks import TimmTrunk, TrunkEncoder
 from mmrep.registry import near
 
+PACKAGE = "package:"
 Option = bool | int | float | str | list[int] | None
 
 
@@ -36,7 +38,9 @@ class TimmEncoder(TrunkEncoder):
         """Fields of a ``timm`` encoder, beside what it may override of the model's preprocessing.
 
         model: a name of ``timm.list_models()``, or ``hf-hub:organisation/name``, or ``local-dir:path``. pretrained:
-        load its published weights (a download). checkpoint: a ``.safetensors`` file of timm weights to load instead.
+        load its published weights (a download). checkpoint: a ``.safetensors`` file of timm weights to load instead, or
+        ``package:name/file``, weights of the same network inside an installed Python package, in safetensors or torch's
+        format (of which tensors alone are read), matched by order where they have other names.
         options: more arguments for ``timm.create_model``, such as ``drop_path_rate``. Where ``channels`` is not 3, timm
         repeats the pretrained filters of the first convolution over the channels, scaled (or sums them, for one).
         """
@@ -56,7 +60,8 @@ class TimmEncoder(TrunkEncoder):
                 )
             if "in_chans" in self.options:
                 raise ValueError("options.in_chans: say `channels`, which the preprocessing must know too")
-            check_safetensors(self.checkpoint)
+            if not (self.checkpoint or "").startswith(PACKAGE):
+                check_safetensors(self.checkpoint)
 
     file = "timm.json"
     # What ViT-like models can do; an instance narrows it to what its model can.
@@ -72,7 +77,7 @@ class TimmEncoder(TrunkEncoder):
             model = timm.create_model(config.model, pretrained=config.pretrained, num_classes=0, **made_of["options"])
             preprocess = _preprocess(config, model, made_of["options"])
             if config.checkpoint:
-                _load(model, Path(config.checkpoint))
+                _load(model, config.checkpoint, made_of)
         trunk = TimmTrunk(model, preprocess.size, channels=preprocess.channels)
         super().__init__(config, files, trunk=trunk, made_of=made_of, preprocess=preprocess)
 
@@ -129,11 +134,19 @@ def _preprocess(config: TimmEncoder.Config, model: Any, options: dict[str, Any])
     return config.over({**brought, **{key: own[key] for key in ("interpolation", "mean", "std")}}, config.model)
 
 
-def _load(model: Any, path: Path) -> None:
+def _packaged(path: str, made_of: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a file in an installed package, under timm's names."""
+    whole = import_module("timm").create_model(made_of["architecture"], **made_of["options"])
+    state, like = read_weights(path), whole.state_dict()
+    return state if state.keys() & like.keys() else in_order(state, like)
+
+
+def _load(model: Any, path: str, made_of: dict[str, Any]) -> None:
     from timm.models import adapt_input_conv, load_checkpoint
 
-    if not path.is_file():
-        raise ValueError(f"checkpoint: there is no file {str(path)!r}")
+    packaged = _packaged(path, made_of) if path.startswith(PACKAGE) else None
+    if packaged is None and not Path(path).is_file():
+        raise ValueError(f"checkpoint: there is no file {path!r}")
     other_names = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # and another image size
     first = model.pretrained_cfg.get("first_conv") or ()
 
@@ -146,13 +159,14 @@ def _load(model: Any, path: Path) -> None:
         return state
 
     try:
-        found = load_checkpoint(model, str(path), strict=False, filter_fn=convert)
+        if packaged is None:
+            found = load_checkpoint(model, path, strict=False, filter_fn=convert)
+        else:
+            found = model.load_state_dict(convert(packaged, model), strict=False)
     except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"checkpoint {str(path)!r} cannot be loaded: {error}") from error
+        raise ValueError(f"checkpoint {path!r} cannot be loaded: {error}") from error
     classifiers = model.pretrained_cfg.get("classifier") or ()
     heads = tuple(f"{c}." for c in ((classifiers,) if isinstance(classifiers, str) else classifiers))
     unknown = [key for key in found.unexpected_keys if not key.startswith(heads)]
     if found.missing_keys or unknown:
-        raise ValueError(
-            f"checkpoint {str(path)!r} does not fit; missing: {found.missing_keys[:5]}, unknown: {unknown[:5]}"
-        )
+        raise ValueError(f"checkpoint {path!r} does not fit; missing: {found.missing_keys[:5]}, unknown: {unknown[:5]}")

@@ -222,6 +222,21 @@ def _l2_sp() -> tuple[Root, Make]:
     return _moved(component("objectives", "l2-sp", alpha=0.3, beta=0.2), beside, began="encoder")
 
 
+def _supervised(missing: frozenset[Any] = frozenset(), **fields: Any) -> tuple[Root, Make]:
+    labels = ["red", "blue", None, "red", "green", "blue", "red", "green", "blue", "red", "lonely"]
+    chosen = component(
+        "objectives", "supervised", field="x", classes=["red", "blue", "green", "lonely"], dim=5, **fields
+    )
+    root = ssl_toys.build(chosen)
+
+    def batch(rows: range, step: int) -> Batch:
+        made = ssl_toys.batch(rows, views=1, step=step, missing=missing)
+        made.labels = [labels[i] for i in rows]
+        return made
+
+    return root, batch
+
+
 ROOTS: dict[str, Callable[[], tuple[Root, Make]]] = {
     "seq-jepa": _sequence,
     "seq-jepa, a rank without": lambda: _sequence(frozenset(HERE)),
@@ -239,6 +254,10 @@ ROOTS: dict[str, Callable[[], tuple[Root, Make]]] = {
     "hybrid, a rank without": lambda: _hybrid(frozenset(FIRST)),
     "dependence": _dependence,
     "dependence, a rank without": lambda: _dependence(frozenset({*HERE, ("y", 9)})),
+    "supervised": _supervised,
+    "supcon, some missing": lambda: _supervised(frozenset(SOME), contrast=2.0, focal=False, of="embedding"),
+    "core-tuning": lambda: _supervised(contrast=2.0, mix=True, temperature=0.5),
+    "core-tuning, a rank without": lambda: _supervised(frozenset(HERE), contrast=2.0, mix=True, alpha=0.5),
     "distill": _distill,
     "distill, reduced, a rank without": lambda: _distill(frozenset({*HERE, ("y", 9)}), (2, 4)),
 }

@@ -16,6 +16,9 @@ from mmrep.data.sets._packages import python_version
 from mmrep.data.sets._rows import RowSource
 from mmrep.data.sets._split import SplitConfig, part_of
 
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+CAPTIONS = ("the digit {}", "a handwritten {}", "the number {} in ink", "someone wrote a {} here", "{}")
+
 
 @config
 class DigitsConfig(SplitConfig):
@@ -25,10 +28,14 @@ class DigitsConfig(SplitConfig):
 
 
 class Digits(RowSource):
-    """One row per picture; the id is its number. Columns: ``image`` (uint8 [8, 8], 0 is paper), ``digit`` (0 to 9)."""
+    """One row per picture; the id is its number.
+
+    Columns: ``image`` (uint8 [8, 8], 0 is paper), ``digit`` (0 to 9), ``name`` (its English word) and ``caption`` (some
+    ways to say what is seen, of which a view may choose).
+    """
 
     Config = DigitsConfig
-    columns = ("image", "digit")
+    columns = ("image", "digit", "name", "caption")
     media_columns = ("image",)
     config: DigitsConfig
 
@@ -38,7 +45,9 @@ class Digits(RowSource):
 
         pixels, digits = load_digits(return_X_y=True)
         self._pictures = np.rint(np.asarray(pixels).reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-        rows = [(str(i), {"digit": int(digit)}) for i, digit in enumerate(digits)]
+        words = {i: {"digit": i, "name": word, "caption": [text.format(word) for text in CAPTIONS]}
+                 for i, word in enumerate(NAMES)}  # fmt: skip
+        rows = [(str(i), words[int(digit)]) for i, digit in enumerate(digits)]
         self.set_rows(
             [row for row in rows if config.split in ("all", part_of(row[0], config))],
             f"split: no picture falls in {config.split!r}",

@@ -28,3 +28,12 @@ def test_parts_are_disjoint_and_together_all():
     assert sum(map(len, parts.values())) == len(set().union(*parts.values())) == 1797
     assert abs(len(parts["test"]) / 1797 - 0.2) < 0.04
     assert {sources["test"][i].label for i in range(100)} == set(range(10))
+
+
+def test_each_digit_has_a_name_and_ways_to_say_it():
+    source = build("all", label="name")
+    sample = source[17]
+    assert sample.fields["digit"] == 7
+    assert sample.label == sample.fields["name"] == "seven"
+    assert "the digit seven" in sample.fields["caption"]
+    assert len(set(source.column("name"))) == 10
