@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from typing import Annotated, Literal, cast
 
@@ -75,7 +75,8 @@ class Distill(Objective):
         problems = [f"objectives.distill.{problem}" for problem in _problems(config, model, fields)]
         if problems:
             raise ConfigError(problems)
-        self.__dict__["_teachers"] = _load(config)  # frozen guests: not parameters of this module
+        places = {f"objectives.distill.teachers[{i}]": source for i, source in enumerate(config.teachers)}
+        self.__dict__["_teachers"] = load_teachers(places)  # frozen guests: not parameters of this module
         width = sum(guest.tower.dim for guest in self._guests().values())
         self.widths = tuple(dict.fromkeys([model.dim, *config.dims]))
         pointed = {"cosine", "mse"} & config.losses.keys()
@@ -123,12 +124,15 @@ class Distill(Objective):
         return relational(student, target, kind, **options, world=step.world)
 
 
-def _load(config: DistillConfig) -> dict[str, Guest]:
-    """The teachers by a field name of their own; of each model only the towers that are asked are kept."""
+def load_teachers(sources: Mapping[str, TeacherSource]) -> dict[str, Guest]:
+    """The teachers by a field name of their own; of each model only the towers that are asked are kept.
+
+    Args:
+        sources: by where in the recipe each is named, for errors.
+    """
     found: dict[str, Guest] = {}
     models: dict[str, Model] = {}
-    for number, source in enumerate(config.teachers):
-        place = f"objectives.distill.teachers[{number}]"
+    for place, source in sources.items():
         try:
             if source.model not in models:
                 models[source.model] = load(model_folder(source.model))
