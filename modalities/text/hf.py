@@ -90,6 +90,8 @@ class HFText(TextEncoder):
             self.supports = self.supports - {"layers"}
         if self._embedding.embedding_dim != self.width:  # a mask token is as wide as the encoder's output
             self.supports = self.supports - {"mask_token"}
+        if isinstance(self.model, TextPart):  # a part cannot change how the whole computes attention
+            self.supports = self.supports - {"attention"}
         self.depth = self.hf_config.num_hidden_layers if "layers" in self.supports else 0
         parameters = inspect.signature(self.model.forward).parameters
         self._is_clip = kind in ("clip_text_model", "metaclip_2_text_model")
@@ -167,12 +169,17 @@ class HFText(TextEncoder):
         return self._encode(tokens, layers)
 
     def attended(self, tokens: Tokens) -> Encoding:
-        """See `Encoder.attended`. From the first call on, the model computes attention the slow way, which shows it."""
+        """See `Encoder.attended`. Attention is computed the slow way, which shows it; in training it stays so."""
         if "attention" not in self.supports:
             return super().attended(tokens)
-        if self.hf_config._attn_implementation != "eager":
-            self.model.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
-        return self._encode(tokens, (), attention=True)
+        model: Any = self.model
+        before = self.hf_config._attn_implementation
+        model.set_attn_implementation("eager")
+        try:
+            return self._encode(tokens, (), attention=True)
+        finally:
+            if not self.training:  # checkpointed layers are computed again in the backward pass
+                model.set_attn_implementation(before)
 
     def _encode(self, tokens: Tokens, layers: Sequence[int], *, attention: bool = False) -> Encoding:
         if not len(tokens.values):

@@ -78,7 +78,7 @@ def test_one_sample_has_nothing_to_be_told_from_and_none_is_no_loss():
 
 def maps(seed):
     weights = rows(3, 2, 2, 4, 4, seed=seed).softmax(-1)
-    weights[0, 0, 0, 1, 2] = 0  # dropped
+    weights[0, 0, 0, 1, 2] = weights[2, :, :, 0, 1] = weights[2, :, :, 1, 0] = 0  # dropped
     return weights
 
 
@@ -86,7 +86,7 @@ def test_the_information_is_that_of_the_correlation_of_log_attention():
     a, b = maps(0).requires_grad_(), maps(1).requires_grad_()
     valid = torch.ones(3, 4).bool()
     valid[1, 3] = False
-    valid[2, 1:] = False  # one weight: no correlation
+    valid[2, 2:] = False  # two weights are left: always on a line
     mine = attention_information(a, b, valid)
     each = []
     for i in range(2):

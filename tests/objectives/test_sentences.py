@@ -192,6 +192,10 @@ def test_agreement_of_attention_can_be_learned():
     batch = ssl_toys.batch(range(6))
     optimizer = torch.optim.Adam([p for p in root.parameters() if p.requires_grad], lr=0.03)
     first = root(batch)["attention/information"]
+    encoder = root.model.tower("a").encoder
+    second = [encoder.attended(encoder.tokenize(x)).extra["attention"][:, 1:] for x in batch.inputs["x"]]
+    expected = attention_information(*second, batch.inputs["x"][0]["valid"]).mean()
+    torch.testing.assert_close(first, expected.detach())
     for _ in range(15):
         out = root(batch)
         optimizer.zero_grad()
