@@ -101,6 +101,27 @@ def blocks(s: Subject) -> None:
 
 
 @torch.no_grad()
+def attention(s: Subject) -> None:
+    """Of what a valid token attends to, padding has nothing and all has a weight of 1; or a clear refusal."""
+    e, tokens = s.encoder, s.tokens()
+    if "attention" not in e.supports:
+        refuses(lambda: e.attended(tokens), "attention")
+        return
+    found = e.attended(tokens)
+    weights, valid = found.extra["attention"], tokens.grid.valid
+    B, N = valid.shape
+    layers, heads = weights.shape[1:3]
+    assert weights.shape == (B, layers, heads, N, N) and layers > 0 < heads, (
+        f"attention is {tuple(weights.shape)}, expected [{B}, layers, heads, {N}, {N}]"
+    )
+    s.close(found.tokens.values, e.encode(tokens).tokens.values, "tokens when attention is asked for")
+    rows = weights.movedim(3, 1)[valid]
+    padding = (~valid)[:, None].expand(B, N, N)[valid][:, None, None].expand_as(rows)
+    assert not bool(rows[padding].any()), "valid tokens attend to padding"
+    s.close(rows.sum(-1), torch.ones_like(rows[..., 0]), "the sum of what a token attends to")
+
+
+@torch.no_grad()
 def content(s: Subject) -> None:
     """The content is aligned with the tokens, and a sample's own whatever its batch; or a clear refusal."""
     inputs = s.inputs()
@@ -259,5 +280,5 @@ def _at(values: Tensor, index: Tensor) -> Tensor:
 
 
 TOKEN_CHECKS: dict[str, Callable[[Subject], None]] = {
-    check.__name__: check for check in (keep, layers, blocks, content, mask_token)
+    check.__name__: check for check in (keep, layers, blocks, attention, content, mask_token)
 }

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CAPABILITIES = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
+CAPABILITIES = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content", "attention"})
 
 
 class BadSampleError(ValueError):
@@ -50,7 +50,7 @@ class Encoder(nn.Module):
     Attributes:
         modality: the name of the modality, such as ``"image"``.
         width: D, the width of the tokens.
-        supports: which of ``"tokens", "drop_tokens", "mask_token", "layers", "content"`` the encoder can do.
+        supports: which of ``"tokens", "drop_tokens", "mask_token", "layers", "content", "attention"`` it can do.
             ``"mask_token"``: `tokenize` gives the positions apart, so that a token can be hidden and its place kept.
         pooled_width: width of ``Encoding.pooled``, if the architecture has one of another width than its tokens.
         depth: how many layers can be asked for, 0 when ``"layers"`` is not supported.
@@ -150,6 +150,14 @@ class Encoder(nn.Module):
             layers: 1-based layer numbers whose outputs to return. Needs ``"layers"``.
         """
         raise NotImplementedError
+
+    def attended(self, tokens: Tokens) -> Encoding:
+        """`encode` of all tokens, and in ``extra["attention"]`` what they attended to. Needs ``"attention"``.
+
+        That is float [B, layers, heads, N, N], of the same pass: the weight that a token (row) gave to each (column),
+        after dropout where there is some. It is 0 for padding; what stands in the rows of padding means nothing.
+        """
+        raise ValueError(unsupported(self, "attention"))
 
     def forward(self, inputs: Inputs) -> Encoding:
         """``encode(tokenize(inputs))``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,7 @@ class Step:
         teacher: averages of the modules that some objective asked for; None = none did.
         clock: where the run is.
         guests: towers by field that belong to an objective and not to the model; see `Objective.guests`.
+        attended: fields whose encoding is to have what tokens attended to; see `Objective.attended`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Step:
         teacher: Teacher | None = None,
         clock: Clock | None = None,
         guests: Mapping[str, Tower] | None = None,
+        attended: Collection[str] = (),
     ) -> None:
         self.model = model
         self.batch = batch
@@ -58,6 +60,7 @@ class Step:
         self._memo = memo
         self._teacher = teacher
         self._guests = guests or {}
+        self._attended = attended
         self.clock = clock or Clock()
         self._tokens: dict[tuple[str, int], Tokens] = {}
         self._contents: dict[tuple[str, int], Content] = {}
@@ -143,11 +146,20 @@ class Step:
         """Tokens after the encoder's layers, of the samples that have the field (rows where `present` is True)."""
         key = (field, view)
         if key not in self._encodings:
-            if key in self._tokens:
+            if field in self._attended:
+                self._encodings[key] = self.tower(field).encoder.attended(self.tokens(field, view))
+            elif key in self._tokens:
                 self._encodings[key] = self.tower(field).encoder.encode(self._tokens[key])
             else:
                 self._encodings[key] = self.tower(field).encoding(self.inputs(field, view))
         return self._encodings[key]
+
+    def attention(self, field: str, view: int = 0) -> Tensor:
+        """What tokens attended to in the pass that gave `encoding` and `embedding`: see `Encoder.attended`.
+
+        An objective that asks for it names the field in `Objective.attended`.
+        """
+        return self.encoding(field, view).extra["attention"]
 
     @torch.no_grad()
     def taught(self, field: str, view: int = 0, layers: tuple[int, ...] = ()) -> Encoding:
@@ -288,7 +300,7 @@ class Step:
         elif field in self.batch.inputs:
             if (field, view) in self._encodings:
                 found = tower.project(tower.pool(self._encodings[field, view]))
-            elif (field, view) in self._tokens:
+            elif (field, view) in self._tokens or field in self._attended:
                 found = tower.project(tower.pool(self.encoding(field, view)))
             else:
                 found = tower(self.inputs(field, view))

@@ -125,8 +125,8 @@ class Reader:
             views = [Recorded(v) if v and _overrides(v, "parameters") else v for v in self.views[field]]
             try:
                 inputs[field] = [
-                    encoder.prepare(raw, view=view, seed=stable_hash(self.seed, epoch, sample.id, field, number))
-                    for number, view in enumerate(views)
+                    encoder.prepare(raw, view=view, seed=stable_hash(self.seed, epoch, sample.id, field, own))
+                    for own, view in ((_followed(number, view), view) for number, view in enumerate(views))
                 ]
             except Exception as error:
                 return failure(error, sample.id, field)
@@ -243,3 +243,8 @@ def _stacked(params: Sequence[Params]) -> Params:
 
 def _overrides(view: View | None, method: str) -> bool:
     return view is not None and getattr(type(view), method) is not getattr(View, method)
+
+
+def _followed(number: int, view: View | None) -> int:
+    """The number of the reading whose random numbers a reading draws: its own, or that which it follows."""
+    return number if view is None or view.follows is None else view.follows

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import field
 from typing import Annotated, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mmrep.config import Component, ConfigError, Of, component, config
 from mmrep.model import Model
@@ -64,6 +65,10 @@ class Contrastive(Objective):
         unknown = [name for name in named if name not in known]
         for name in unknown:
             yield f"unknown field {name!r}{near(name, known)} Fields: {', '.join(known)}"
+        if pair.averaged and pair.between[1] in model.fusions:
+            yield f"averaged: {pair.between[1]!r} is a fusion, which has one view"
+        if len({pair.views[1], *pair.averaged}) <= len(pair.averaged):
+            yield f"averaged: {list(pair.averaged)} and view {pair.views[1]} name one twice"
         if pair.temperature not in model.temperatures:
             hint = near(pair.temperature, model.temperatures)
             known = ", ".join(model.temperatures)
@@ -96,7 +101,7 @@ class Contrastive(Objective):
                 extra["soft"] = step.features(pair.soft)
             out = self.loss(
                 step.embedding(a, view_a),
-                step.embedding(b, view_b),
+                _mean(step, b, (view_b, *pair.averaged)),
                 scale=temperature.scale,
                 bias=temperature.bias,
                 group=step.group if self.config.use_group else None,
@@ -107,3 +112,12 @@ class Contrastive(Objective):
             total = total + pair.weight * out["loss"]
             parts[f"{a}-{b}" if pair.views == (0, 0) else f"{a}.{view_a}-{b}.{view_b}"] = out["loss"].detach()
         return {"loss": total, **parts}
+
+
+def _mean(step: Step, field: str, views: Sequence[int]) -> Tensor:
+    """The embedding of a view, or the mean of those of several, of unit length where embeddings are."""
+    embeddings = [step.embedding(field, view) for view in views]
+    if len(embeddings) == 1:
+        return embeddings[0]
+    mean = torch.stack(embeddings).mean(0)
+    return F.normalize(mean, dim=1) if step.model.config.normalize else mean

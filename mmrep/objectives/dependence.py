@@ -73,7 +73,8 @@ class Dependence(Objective):
             raise ConfigError(problems)
         tower = model.tower(fields[config.field])
         self.__dict__["_tower"] = tower  # seen, not owned
-        self.__dict__["_teachers"] = load_teachers(config.teachers, "objectives.dependence.teachers")
+        places = {f"objectives.dependence.teachers[{i}]": source for i, source in enumerate(config.teachers)}
+        self.__dict__["_teachers"] = load_teachers(places)
         self.targets, self._widths = nn.ModuleList(), list[int]()
         for number, chosen in enumerate(config.representations):
             place = f"objectives.dependence.representations[{number}]"

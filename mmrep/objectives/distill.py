@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import field
 from typing import Annotated, Literal, cast
 
@@ -77,9 +77,8 @@ class Distill(Objective):
         problems = [f"objectives.distill.{problem}" for problem in _problems(config, model, fields)]
         if problems:
             raise ConfigError(problems)
-        self.__dict__["_teachers"] = load_teachers(
-            config.teachers, "objectives.distill.teachers"
-        )  # frozen guests: not parameters of this module
+        places = {f"objectives.distill.teachers[{i}]": source for i, source in enumerate(config.teachers)}
+        self.__dict__["_teachers"] = load_teachers(places)  # frozen guests: not parameters of this module
         width = sum(guest.tower.dim for guest in self._guests().values())
         self.widths = tuple(dict.fromkeys([model.dim, *config.dims]))
         pointed = {"cosine", "mse"} & config.losses.keys()
@@ -130,20 +129,18 @@ class Distill(Objective):
         return relational(student, target, kind, **options, world=step.world)
 
 
-def load_teachers(sources: Sequence[TeacherSource], where: str) -> dict[str, Guest]:
+def load_teachers(sources: Mapping[str, TeacherSource]) -> dict[str, Guest]:
     """The teachers by a field name of their own; of each model only the towers that are asked are kept.
 
     Args:
-        sources: what a config says.
-        where: where it stands there, for messages.
+        sources: by where in the recipe each is named, for errors.
 
     Raises:
         ConfigError: one cannot be loaded, or is there twice.
     """
     found: dict[str, Guest] = {}
     models: dict[str, Model] = {}
-    for number, source in enumerate(sources):
-        place = f"{where}[{number}]"
+    for place, source in sources.items():
         try:
             if source.model not in models:
                 models[source.model] = load(model_folder(source.model))

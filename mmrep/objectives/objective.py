@@ -86,6 +86,10 @@ class Objective(nn.Module):
         """Fields whose inputs it needs even where their tower is frozen and its features would be kept instead."""
         return set()
 
+    def attended(self) -> set[str]:
+        """Fields whose `Step.attention` it asks for; their tower's encoder supports ``"attention"``."""
+        return set()
+
     def guests(self) -> dict[str, Guest]:
         """Towers that read columns of the data for this objective alone, by a field name of their own.
 

@@ -14,14 +14,16 @@ from mmrep.config import config
 class PairConfig:
     """One edge of the graph of pairs.
 
-    between: two fields or fusions; the same field twice contrasts two of its views. views: which view of each. weight:
-    factor. temperature: name of one of ``model.temperatures``. negatives: a field whose embeddings are extra wrong
-    answers to the first field of ``between``. soft: a field of a frozen tower whose features soften the targets
-    (``info-nce``).
+    between: two fields or fusions; the same field twice contrasts two of its views. views: which view of each.
+    averaged: further views of the second field, whose embeddings are averaged with that of its view: several positives
+    as one (DeCLUTR, arXiv:2006.03659). weight: factor. temperature: name of one of ``model.temperatures``. negatives: a
+    field whose embeddings are extra wrong answers to the first field of ``between``. soft: a field of a frozen tower
+    whose features soften the targets (``info-nce``).
     """
 
     between: Annotated[tuple[str, ...], Field(min_length=2, max_length=2)]
     views: Annotated[tuple[int, ...], Field(min_length=2, max_length=2)] = (0, 0)
+    averaged: tuple[Annotated[int, Field(ge=0)], ...] = ()
     weight: Annotated[float, Field(gt=0)] = 1.0
     temperature: str = "default"
     negatives: str | None = None

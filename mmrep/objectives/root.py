@@ -117,6 +117,11 @@ class Root(nn.Module):
         """Fields whose inputs some objective needs even where their tower is frozen."""
         return {field for objective in self.objectives.values() for field in cast(Objective, objective).raw()}
 
+    @property
+    def attended(self) -> set[str]:
+        """Fields of whose encodings some objective reads what tokens attended to."""
+        return {field for objective in self.objectives.values() for field in cast(Objective, objective).attended()}
+
     def _rest(self) -> None:
         """Freeze what no objective reads: decay alone would move it, and processes would wait for its gradients."""
         asked, pooled = set[str](), set[str]()
@@ -193,6 +198,7 @@ class Root(nn.Module):
         options = {"fields": self.fields, "views": self.views, "world": world(), "memo": self.memo}
         options |= {"teacher": self.teacher, "clock": self.clock}
         options |= {"guests": {name: guest.tower for name, guest in self.guests.items()}}
+        options |= {"attended": self.attended}
         if replay is not None:
             return self._replay(replay, scale)
         if passes is None:

@@ -23,7 +23,7 @@ class View:
 
     Attributes:
         role: what the reading is for: ``"global"``, ``"local"``, ``"context"``, ``"target"`` or ``"corrupt"``.
-        follows: number of the reading of the same field whose seeds `batch` is given; None = seeds of its own.
+        follows: number of the reading of the same field whose seeds are given to `sample` and `batch`; None = its own.
     """
 
     Config: ClassVar[type]
@@ -68,7 +68,7 @@ class Recorded(View):
     def __init__(self, view: View) -> None:
         super().__init__(view.config)
         self.view = view
-        self.role = view.role
+        self.role, self.follows = view.role, view.follows
         self.params: Params = {}
 
     def __getattr__(self, name: str) -> Any:

@@ -191,6 +191,7 @@ def no_rows(encoding: Encoding) -> Encoding:
         Tokens(encoding.tokens.values[:0], empty),
         None if encoding.pooled is None else encoding.pooled[:0],
         tuple(layer[:0] for layer in encoding.layers),
+        {name: value[:0] for name, value in encoding.extra.items()},
     )
 
 

@@ -60,7 +60,7 @@ class HFText(TextEncoder):
     """
 
     Config = HFTextConfig
-    supports = frozenset({"tokens", "mask_token", "layers", "content"})
+    supports = frozenset({"tokens", "mask_token", "layers", "content", "attention"})
 
     def __init__(self, config: HFTextConfig, files: Path | None = None) -> None:
         super().__init__(config, files)
@@ -96,6 +96,8 @@ class HFText(TextEncoder):
             self.supports = self.supports - {"layers"}
         if self._embedding.embedding_dim != self.width:  # a mask token is as wide as the encoder's output
             self.supports = self.supports - {"mask_token"}
+        if isinstance(self.model, TextPart):  # a part cannot change how the whole computes attention
+            self.supports = self.supports - {"attention"}
         self.depth = self.hf_config.num_hidden_layers if "layers" in self.supports else 0
         parameters = inspect.signature(self._inner.forward).parameters
         self._is_clip = kind in ("clip_text_model", "metaclip_2_text_model", "xclip_text_model")
@@ -177,14 +179,32 @@ class HFText(TextEncoder):
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """Run the model on input embeddings; see `Encoder.encode`."""
         self.check_request(keep, layers)
+        return self._encode(tokens, layers)
+
+    def attended(self, tokens: Tokens) -> Encoding:
+        """See `Encoder.attended`. Attention is computed the slow way, which shows it; in training it stays so."""
+        if "attention" not in self.supports:
+            return super().attended(tokens)
+        model: Any = self.model
+        before = self.hf_config._attn_implementation
+        model.set_attn_implementation("eager")
+        try:
+            return self._encode(tokens, (), attention=True)
+        finally:
+            if not self.training:  # checkpointed layers are computed again in the backward pass
+                model.set_attn_implementation(before)
+
+    def _encode(self, tokens: Tokens, layers: Sequence[int], *, attention: bool = False) -> Encoding:
         if not len(tokens.values):
-            return no_rows(self.encode(one_blank(tokens), layers=layers))
+            return no_rows(self._encode(one_blank(tokens), layers, attention=attention))
+        options: dict[str, Any] = {"output_attentions": True} if attention else {}
         if self._takes_embeddings:
-            return self._run(tokens.grid, layers, inputs_embeds=tokens.values)
+            return self._run(tokens.grid, layers, inputs_embeds=tokens.values, **options)
         # CLIP and SigLIP take ids only: give them any, and the real embeddings where they look the ids up.
         handle = self._embedding.register_forward_hook(lambda *_: tokens.values)
         try:
-            return self._run(tokens.grid, layers, input_ids=torch.zeros_like(tokens.grid.valid, dtype=torch.long))
+            ids = torch.zeros_like(tokens.grid.valid, dtype=torch.long)
+            return self._run(tokens.grid, layers, input_ids=ids, **options)
         finally:
             handle.remove()
 
@@ -194,7 +214,7 @@ class HFText(TextEncoder):
             return no_rows(self.forward({key: value.new_ones(1, value.shape[1]) for key, value in inputs.items()}))
         return self._run(grid(inputs), (), input_ids=inputs["ids"])
 
-    def _run(self, where: Grid, layers: Sequence[int], **values: Tensor) -> Encoding:
+    def _run(self, where: Grid, layers: Sequence[int], **values: Any) -> Encoding:
         mask = None if self.full_length else where.valid.long()
         out = self.model(attention_mask=mask, output_hidden_states=bool(layers), return_dict=True, **values)
         hidden = out.last_hidden_state if self._projection is None else self._projection(out.last_hidden_state)
@@ -208,7 +228,8 @@ class HFText(TextEncoder):
         else:
             pooled = getattr(out, "pooler_output", None)
         picked = tuple(out.hidden_states[n] for n in layers) if layers else ()
-        return Encoding(Tokens(hidden, without_prompt(where)), pooled, picked)
+        extra = {"attention": torch.stack(out.attentions, 1)} if "output_attentions" in values else {}
+        return Encoding(Tokens(hidden, without_prompt(where)), pooled, picked, extra)
 
     @property
     def _embedding(self) -> torch.nn.Module:

@@ -31,6 +31,7 @@ BOTH = {"fields": ["x", "y"], "views": [0]}
 ONE = {"fields": ["x"]}
 HEAD = {"prototypes": 7, "hidden": 9, "bottleneck": 5, "layers": 2}
 PATCH = {"mask": {"type": "random", "ratio": 0.5}, "share": 0.7, "head": {**HEAD, "prototypes": 6}}
+GUIDED = {"hidden": 9, "temperature": 0.5}
 SINKHORN = {"by": "sinkhorn", "temperature": 0.5, "start": 0.5}
 
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -64,10 +65,22 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sigreg, a rank without": ("redundancy", {**ONE, "loss": {"type": "sigreg", "slices": 8}}, {"missing": HERE}),
     "koleo": ("redundancy", {**ONE, "loss": {"type": "koleo"}}, {}),
     "koleo, a rank without": ("redundancy", {**ONE, "loss": {"type": "koleo"}}, {"missing": HERE}),
+    "sct": ("cross-view", {"field": "x", "queue": 7, "head": {"hidden": 9}}, {}),
+    "sct, a rank without": (
+        "cross-view",
+        {"field": "x", "queue": 30, "head": None, "reference_temperature": 0.01},
+        {"missing": HERE},
+    ),
+    "self-guided": ("self-guided", {"field": "x", "sampled": 1, **GUIDED}, {}),
+    "self-guided, a rank without": ("self-guided", {"field": "x", **GUIDED}, {"missing": HERE}),
+    "attention": ("attention", {"field": "x"}, {}),
+    "attention, a rank without": ("attention", {"field": "x"}, {"missing": HERE}),
     "masked": ("masked", {"field": "x", "target": {"type": "teacher"}}, {}),
     "masked, a rank without": ("masked", {"field": "x"}, {"missing": HERE}),
 }
 
+ELECTRA: dict[str, Any] = {"generator": {"width": 8, "depth": 1, "heads": 2}}
+TSDAE: dict[str, Any] = {"decoder": {"depth": 1, "heads": 2}}
 
 Make = Callable[[range, int], Batch]
 """Some rows of a step's global batch."""
@@ -127,18 +140,21 @@ def _hybrid(missing: frozenset[int] = frozenset()) -> tuple[Root, Make]:
     return root, batch
 
 
-def _replaced(missing: frozenset[int] = frozenset()) -> tuple[Root, Make]:
+def _text(kind: str, missing: frozenset[int] = frozenset(), **fields: Any) -> tuple[Root, Make]:
     torch.manual_seed(0)
     encoder = component("encoders", "text-transformer", tokenizer="bytes", width=12, depth=1, heads=2, max_length=12)
     model = Model(ModelConfig(dim=8, towers={"a": TowerConfig(encoder=encoder)}, temperatures={}))
-    chosen = component("objectives", "replaced", field="x", generator={"width": 8, "depth": 1, "heads": 2})
+    chosen = component("objectives", kind, field="x", **fields)
 
     def batch(rows: range, step: int) -> Batch:
         texts = [f"{'abcde' * (i % 3)}{i} {step}" for i in range(N)]  # of several lengths: shards pad differently
         encoder = model.tower("a").encoder
         here = [i for i in rows if i not in missing]
-        inputs = encoder.collate([encoder.prepare(texts[i]) for i in here]) if here else {}
-        return _rows(rows, inputs, missing, whole=False)
+        made = _rows(rows, {}, missing, whole=False)
+        if here:  # a whole reading, and in front of it a damaged one, for `denoise`
+            views = [[texts[i][1:] for i in here], [texts[i] for i in here]]
+            made.inputs["x"] = [encoder.collate([encoder.prepare(text) for text in view]) for view in views]
+        return made
 
     return Root(model, [chosen], fields={"x": "a"}, views={}), batch
 
@@ -243,8 +259,10 @@ ROOTS: dict[str, Callable[[], tuple[Root, Make]]] = {
     "mixed": _mixed,
     "mixed, a rank without": lambda: _mixed(frozenset(FIRST)),
     "mixed, some missing": lambda: _mixed(frozenset({0, 6, 7, 10})),
-    "electra": _replaced,
-    "electra, a rank without": lambda: _replaced(frozenset(FIRST)),
+    "electra": lambda: _text("replaced", **ELECTRA),
+    "electra, a rank without": lambda: _text("replaced", frozenset(FIRST), **ELECTRA),
+    "tsdae": lambda: _text("denoise", **TSDAE),
+    "tsdae, a rank without": lambda: _text("denoise", frozenset(FIRST), **TSDAE),
     "w2v-bert": _w2v_bert,
     "anchor": _anchor,
     "anchor, mse, a rank without": lambda: _anchor(frozenset(HERE), by="mse"),

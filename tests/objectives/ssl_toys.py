@@ -24,7 +24,7 @@ from tests.toys import ToyConfig, ToyEncoder
 
 @encoders.register("toy-ssl")
 class SSLToy(ToyEncoder):
-    supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content"})
+    supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content", "attention"})
 
     def tokenize(self, inputs):
         grid = Grid.sequence(inputs["valid"])
@@ -33,6 +33,13 @@ class SSLToy(ToyEncoder):
 
     def content(self, inputs):
         return Content(inputs["values"][..., None])
+
+    def attended(self, tokens):
+        """Attention that a layer's tokens would have to each other; it moves nothing."""
+        encoding = self.encode(tokens, None, range(1, self.depth + 1))
+        x, shown = torch.stack(encoding.layers, 1).unflatten(-1, (2, -1)).movedim(-2, 2), tokens.grid.valid
+        logits = (x @ x.mT + x.sum(-1)[..., None, :]).masked_fill(~shown[:, None, None, None], -torch.inf)
+        return dataclasses.replace(encoding, layers=(), extra={"attention": logits.softmax(-1)})
 
     def encode(self, tokens, keep=None, layers=()):
         tokens = tokens.keep(keep)

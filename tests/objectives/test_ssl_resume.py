@@ -25,6 +25,8 @@ OBJECTIVES = [
     component("objectives", "masked", field="x", target={"type": "teacher"}),
     component("objectives", "anchor", fields=["x"]),
     component("objectives", "l2-sp"),
+    component("objectives", "cross-view", field="x", queue=7, head={"hidden": 5}),
+    component("objectives", "self-guided", field="x", hidden=5, sampled=1),
     component("objectives", "masked", field="x", name="clusters", target={"type": "clusters", "codes": 3}),
 ]
 
@@ -61,5 +63,8 @@ def test_resume_is_bitwise(tmp_path):
     state = straight.root.state_dict()
     for name in ("dino.assign.centre", "dino.patch_assign.centre", "redundancy.loss.step"):
         assert state[f"objectives.{name}"].any()
+    assert state["objectives.cross-view.queue"].any()
+    assert state["objectives.cross-view.filled"] == 7
+    assert any(name.startswith("objectives.self-guided.past") for name in state)
     assert any(name.startswith("teacher.copies") for name in state)
     assert not state["objectives.bootstrap.predictors.x.norms.0.running_mean"].eq(0).all()
