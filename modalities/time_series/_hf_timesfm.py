@@ -68,7 +68,7 @@ class TimesFM:
         seen = seen | torch.eye(seen.shape[1], dtype=torch.bool, device=seen.device)  # padding: of nothing, no softmax
         mask = torch.zeros(seen.shape, dtype=values.dtype, device=values.device)
         mask = mask.masked_fill(~seen, torch.finfo(values.dtype).min)[:, None]
-        told: dict[str, Any] = {"paddings": (~valid).to(values.dtype)}
+        told: dict[str, Any] = {"paddings": None}  # it would zero what the MLP makes of padding, which nobody sees
         if self.newer:
             told = {"position_embeddings": self.model.rotary_emb(values, places), "position_ids": places}
         asked: dict[int, Tensor] = {}

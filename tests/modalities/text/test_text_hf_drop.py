@@ -213,3 +213,14 @@ def test_a_masked_autoencoder_of_text_learns_from_visible_tokens_alone(tmp_path)
     changed[0, 5:7] -= 1
     other = encoder.encode(Tokens(changed, tokens.grid), keep=keep).tokens
     assert torch.equal(visible.values[0], other.values[0]), "nothing of a dropped token is seen"
+
+
+def test_an_empty_slot_that_sees_nothing_is_no_number_for_nobody(batch, tmp_path):
+    """Its row of the softmax would be of nothing; Gemma's softmax is in float32, where float64's least is infinite."""
+    encoder = saved(MODELS["gemma2"](), tmp_path).double()
+    tokens = encoder.tokenize({**batch, "special": torch.zeros_like(batch["special"])})
+    keep = torch.tensor([[9, 2, 12], [8, 5, 2], [1, 7, 4]])
+    want = encoder.encode(tokens, keep=keep).tokens.values
+    got = encoder.encode(tokens, keep=torch.cat([keep, torch.full((3, 1), -1)], 1)).tokens.values
+    assert got.isfinite().all()
+    torch.testing.assert_close(got[:, :3], want)
