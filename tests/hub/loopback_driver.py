@@ -27,21 +27,26 @@ def attempt(name: str, raw: str = "text", **options: Any) -> dict[str, Any]:
     from mmrep.model import Model, ModelConfig
 
     begin = time.monotonic()
+    raws: Any
     raws, tower = (TEXTS, "text") if raw == "text" else ([picture()], "image")
     try:
         model = mmrep.load(name, **options)
     except ValueError as error:
         return {"error": str(error), "seconds": time.monotonic() - begin}
-    asked = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
+    asked: dict[str, Any] = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        again = mmrep.load(folder, **asked).encode(raws, tower).tolist()
-    found = {"vectors": model.encode(raws, tower).tolist(), "again": again, "config": dump(model.config)}
+        again = mmrep.load(folder, **asked).encode(raws, tower)
+    found = {"vectors": _listed(model.encode(raws, tower)), "again": _listed(again), "config": dump(model.config)}
     if raw == "picture" and "token" not in options:
         # As a recipe that names what this one is recorded as, at its commit.
         made = Model(parse(ModelConfig, found["config"])).eval()
-        found["afresh"] = made.encode(raws, tower).tolist()
+        found["afresh"] = _listed(made.encode(raws, tower))
     return found | {"seconds": time.monotonic() - begin}
+
+
+def _listed(vectors: Any) -> list[list[float]]:
+    return np.asarray(vectors).tolist()
 
 
 if __name__ == "__main__":

@@ -214,13 +214,13 @@ def test_bfloat16_stays_near(model: Any):
     torch.testing.assert_close(got.values.float(), want, atol=0.05 * float(want.abs().max()), rtol=0)
 
 
-def test_padding_that_sees_nothing_is_no_number_for_nobody(model: Any):
+def test_a_channel_that_sees_nothing_is_no_number_for_nobody(model: Any):
     """The library's plain attention takes its softmax in float32, where float64's least is infinite."""
     encoder = build(model[1])
-    want = run(encoder, WAVE[:40, None], WAVE[:9, None]).tokens
-    tokens = encoder.tokenize(encoder.collate([encoder.prepare(WAVE[:n, None]) for n in (40, 9)]))
+    empty = np.stack([WAVE[:40], np.full(40, np.nan)], 1)
+    want = run(encoder, empty).tokens
+    tokens = encoder.tokenize(encoder.collate([encoder.prepare(empty)]))
     encoder.double().model.set_attn_implementation("eager")
     got = encoder.encode(Tokens(tokens.values.double(), tokens.grid)).tokens.values
     assert got.isfinite().all()
-    valid = want.grid.valid
-    torch.testing.assert_close(got.float()[valid], want.values[valid], atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(got.float()[:, :5], want.values[:, :5], atol=1e-3, rtol=1e-3)
