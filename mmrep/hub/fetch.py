@@ -41,11 +41,12 @@ class Fetched:
     pickles: tuple[str, ...] = ()
 
 
-def fetch(repo: str, **hub: Any) -> Fetched:
+def fetch(repo: str, *, code: bool = False, **hub: Any) -> Fetched:
     """Download a repository, or find it in the cache.
 
     Args:
         repo: ``organisation/name``.
+        code: its Python files, too; nothing here runs them.
         **hub: huggingface_hub's own: ``revision, token, cache_dir, force_download, local_files_only``.
 
     Raises:
@@ -56,7 +57,7 @@ def fetch(repo: str, **hub: Any) -> Fetched:
 
     before = _known_blobs(repo, hub.get("cache_dir"))
     try:
-        folder = _snapshot(repo, hub)
+        folder = _snapshot(repo, code, hub)
     except errors.GatedRepoError as error:
         raise ModelFolderError(
             f"{repo!r} is gated: accept its conditions on its page, then give token=… or log in with `hf auth login`"
@@ -85,13 +86,14 @@ def fetch(repo: str, **hub: Any) -> Fetched:
     return Fetched(folder, commit, _pickles(repo, folder, hub))
 
 
-def _snapshot(repo: str, hub: dict[str, Any]) -> Path:
+def _snapshot(repo: str, code: bool, hub: dict[str, Any]) -> Path:
     """huggingface_hub's download; a server in trouble is asked again, which the client does for pieces alone."""
     from huggingface_hub import errors, snapshot_download
 
+    unused = [pattern for pattern in _UNUSED if not (code and pattern == "*.py")]
     for pause in (*_PAUSES, None):
         try:
-            return Path(snapshot_download(repo, ignore_patterns=list(_UNUSED), library_name="mmrep", **hub))
+            return Path(snapshot_download(repo, ignore_patterns=unused, library_name="mmrep", **hub))
         except errors.HfHubHTTPError as error:
             if pause is None or error.response is None or error.response.status_code < 500:
                 raise

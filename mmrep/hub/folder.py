@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mmrep.config import ConfigError, dump, parse
 from mmrep.hub.fetch import PICKLES, ModelFolderError, fetch
+from mmrep.hub.remote_code import permitted
 
 if TYPE_CHECKING:
     from mmrep.model import Model
@@ -119,7 +120,7 @@ def locate(name: str | Path, **hub: Any) -> Path:
         raise ModelFolderError(
             f"there is no folder {str(name)!r}; give a saved model's folder, or a hub id as organisation/name"
         )
-    return fetch(str(name), **hub).folder
+    return fetch(str(name), code=permitted(), **hub).folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:

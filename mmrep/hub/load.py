@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from mmrep.config import parse
+from mmrep.config import ConfigError, parse
 from mmrep.hub import folder
 from mmrep.hub.bridges.bridge import Bridge
 from mmrep.hub.fetch import ModelFolderError
+from mmrep.hub.remote_code import asked
 from mmrep.model import Model, ModelConfig
 from mmrep.registry import bridges, near
 
@@ -22,6 +23,7 @@ def load(
     device: str | torch.device | None = None,
     check_fingerprint: bool = True,
     pool: str | None = None,
+    trust_remote_code: bool = False,
     **hub: Any,
 ) -> Model:
     """Load a model: one of ours, or a checkpoint of another library as one of ours.
@@ -34,17 +36,23 @@ def load(
         device: where to put the model; None = CPU.
         check_fingerprint: refuse a model of ours whose embeddings are not those it was saved with.
         pool: for checkpoints of others, a pool instead of their own, such as ``"mean"`` or ``"cls"``.
+        trust_remote_code: run Python code that comes with the checkpoint, as transformers does under that name; for
+            models of text. A model that was saved from one needs it again. Read the code first.
         **hub: huggingface_hub's own: ``revision, token, cache_dir, force_download, local_files_only``.
 
     Raises:
         ModelFolderError: no such model, damaged, or only pickles.
     """
-    found = bridge(name, pool=pool, **hub)
-    if found is None:
-        if pool is not None:
+    with asked(trust_remote_code):
+        found = bridge(name, pool=pool, **hub)
+        if found is None and pool is not None:
             raise ModelFolderError(f"pool={pool!r}: {str(name)!r} is a model of ours, which has its own")
-        return folder.load(name, device=device, check_fingerprint=check_fingerprint, **hub)
-    model = build(found)
+        try:
+            if found is None:
+                return folder.load(name, device=device, check_fingerprint=check_fingerprint, **hub)
+            model = build(found)
+        except ConfigError as error:  # a tower cannot be built: something is missing in its folder, say
+            raise ModelFolderError(f"{str(name)!r}: {error}") from error
     return model if device is None else model.to(device)
 
 
@@ -66,7 +74,9 @@ def bridge(name: str | Path, *, pool: str | None = None, **hub: Any) -> Bridge |
     kind = _written_by(place)
     if kind is None:
         return None
-    return bridges.get(kind)(str(name), pool=pool, **hub)
+    # Of open_clip, what has a slash and no scheme is a model and its tag.
+    told = "hf-hub:" if kind == "open_clip" and not Path(name).expanduser().is_dir() else ""
+    return bridges.get(kind)(f"{told}{name}", pool=pool, **hub)
 
 
 def build(found: Bridge) -> Model:

@@ -39,13 +39,19 @@ class OpenClipFolder:
 def open_clip_folder(model: str) -> OpenClipFolder | None:
     """The folder that a model's name means: ``local-dir:path`` or ``hf-hub:organisation/name``; None = another name.
 
+    A repository's name may end in ``@revision``.
+
     Raises:
         ModelFolderError: no such folder or repository, or not in open_clip's layout.
     """
     scheme, _, place = model.partition(":")
     if scheme not in ("local-dir", "hf-hub"):
         return None
-    folder = Path(place).expanduser() if scheme == "local-dir" else fetch(place).folder
+    if scheme == "local-dir":
+        folder = Path(place).expanduser()
+    else:
+        repo, _, revision = place.partition("@")
+        folder = fetch(repo, revision=revision or None).folder
     path = folder / CONFIG
     if not path.is_file():
         raise ModelFolderError(f"model {model!r}: {str(folder)!r} has no {CONFIG}")

@@ -1,4 +1,6 @@
-"""A pretrained `transformers` model from a folder, the hub or an installed package: only safetensors, no remote code.
+"""A pretrained `transformers` model from a folder, the hub or an installed package: only safetensors.
+
+No code of a checkpoint is run, unless a caller says so (``code``) after `mmrep.hub.remote_code.check`.
 
 Every modality's adapter of Hugging Face models goes through here: `locate` finds the checkpoint, `load_pretrained`
 loads it, `rebuild` makes the same architecture again from what the adapter saved.
@@ -11,6 +13,9 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from mmrep.hub.fetch import ModelFolderError
+from mmrep.hub.remote_code import refusal
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
 
@@ -55,6 +60,7 @@ def load_pretrained(
     local_files_only: bool = False,
     may_lack: tuple[str, ...] = (),
     ignore: tuple[str, ...] = (),
+    code: bool = False,
 ) -> tuple[Any, Any, set[str]]:
     """Load a pretrained model in float32.
 
@@ -66,6 +72,7 @@ def load_pretrained(
         local_files_only: never touch the network.
         may_lack: prefixes of parameters that a checkpoint may have no values for (a pooling layer).
         ignore: prefixes of parameters that are not used and need no values (a decoder).
+        code: run the checkpoint's own code; see `mmrep.hub.remote_code`.
 
     Returns:
         The model, its config, and the names of parameters of ``may_lack`` that have random values.
@@ -78,12 +85,18 @@ def load_pretrained(
 
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     try:
-        config: Any = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
+        config: Any = transformers.AutoConfig.from_pretrained(source, trust_remote_code=code, **options)
         cls, config = choose(config)
+        asked = {"trust_remote_code": True} if code and cls is transformers.AutoModel else {}
         with quiet():
             model, report = cls.from_pretrained(
-                source, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
-            )
+                source, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options,
+                **asked,
+            )  # fmt: skip
+    except ValueError as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(f"path {refusal(source, 'auto_map in its config.json')}") from error
+        raise
     except OSError as error:
         raise ValueError(
             f"path {source!r} cannot be loaded as a Hugging Face {noun} model with safetensors weights (pickled "
@@ -98,14 +111,51 @@ def load_pretrained(
     return model, model.config, missing
 
 
-def rebuild(folder: Path, choose: Choose) -> tuple[Any, Any]:
-    """The architecture that ``folder/config.json`` describes, with random weights (the saved state fills them)."""
+def rebuild(folder: Path, choose: Choose, *, code: bool = False) -> tuple[Any, Any]:
+    """The architecture that ``folder/config.json`` describes, with random weights (the saved state fills them).
+
+    Args:
+        folder: of a saved encoder.
+        choose: as in `load_pretrained`.
+        code: run the code in the folder; see `mmrep.hub.remote_code`.
+    """
     import transformers
 
-    config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=code, local_files_only=True)
     cls, config = choose(config)
-    model: Any = transformers.AutoModel.from_config(config) if cls is transformers.AutoModel else cls(config)
+    whole = cls is transformers.AutoModel
+    model: Any = transformers.AutoModel.from_config(config, trust_remote_code=code) if whole else cls(config)
     return model.float(), config
+
+
+def load_processor(kind: str, source: str, *, noun: str, files: tuple[str, ...], says: str, **options: Any) -> Any:
+    """What prepares a model's inputs, as its checkpoint says.
+
+    Args:
+        kind: the class of transformers, ``"AutoImageProcessor"``.
+        source: folder or hub id, from `locate`.
+        noun: what it is, for messages: ``"image processor"``.
+        files: the names that its file may have, the best first.
+        says: what it says, for messages.
+        **options: ``revision`` and ``local_files_only``.
+
+    Raises:
+        ModelFolderError: there is none, or it cannot be read.
+    """
+    import transformers
+
+    try:
+        with quiet():
+            return getattr(transformers, kind).from_pretrained(source, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        folder = Path(source)
+        if folder.is_dir() and any((folder / name).is_file() for name in files):
+            raise ModelFolderError(f"path {source!r}: its {noun} cannot be read: {error}") from error
+        raise ModelFolderError(
+            f"path {source!r} has no {noun}: {' or '.join(files)} beside its config.json says {says}. Copy it from "
+            f"where the model came from, or write it there by transformers: {kind}.from_pretrained(the base model)"
+            ".save_pretrained(the folder)" + ("" if folder.is_dir() else f" ({error})")
+        ) from error
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mmrep.hub.pretrained import load_pretrained
+from mmrep.hub.pretrained import load_pretrained, load_processor
 from mmrep.hub.pretrained import rebuild as rebuild_model
 from mmrep.modalities.audio._hf_mel import ASTTrunk, CLAPTrunk, WhisperTrunk
 from mmrep.modalities.audio._hf_pe import KINDS as PE
@@ -77,15 +77,9 @@ def _class(config: Any, *, source: str, whole: bool) -> tuple[Any, Any]:
 
 
 def _extractor(source: str, **options: Any) -> Any:
-    import transformers
-
-    try:
-        return transformers.AutoFeatureExtractor.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"path {source!r} has no feature extractor (preprocessor_config.json), which says how the model's audio is "
-            f"prepared: {error}"
-        ) from error
+    says = "how the model's audio is prepared: sampling rate, normalisation, spectrogram"
+    files = ("preprocessor_config.json", "processor_config.json")
+    return load_processor("AutoFeatureExtractor", source, noun="feature extractor", files=files, says=says, **options)
 
 
 def _trunk(model: Any, config: Any, extractor: Any, projection: bool, count_padding: bool) -> Trunk:

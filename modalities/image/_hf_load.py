@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from mmrep.hub.pretrained import load_pretrained, quiet
+from mmrep.hub.pretrained import load_pretrained, load_processor
 from mmrep.hub.pretrained import rebuild as rebuild_model
 from mmrep.modalities.image._hf_maps import MAPS, MapTrunk
 from mmrep.modalities.image._hf_models import FAMILIES
@@ -100,13 +100,6 @@ def _trunk(model: Any, config: Any, head: nn.Module | None) -> Trunk:
 
 
 def _processor(source: str, **options: Any) -> Any:
-    import transformers
-
-    try:
-        with quiet():
-            return transformers.AutoImageProcessor.from_pretrained(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"path {source!r} has no image processor (preprocessor_config.json), which says how the model's pictures "
-            f"are prepared: {error}"
-        ) from error
+    says = "how the model's pictures are prepared: size, crop, mean and deviation"
+    files = ("preprocessor_config.json", "processor_config.json")
+    return load_processor("AutoImageProcessor", source, noun="image processor", files=files, says=says, **options)

@@ -1,4 +1,4 @@
-"""Hugging Face networks whose last map is a grid: convolutional networks, and Swin transformers."""
+"""Hugging Face networks whose last map is a grid: convolutional networks, Swin transformers and Hiera."""
 
 from __future__ import annotations
 
@@ -71,9 +71,27 @@ def _convnext_shape(config: Any, height: int, width: int) -> tuple[int, int]:
     return height // stride, width // stride
 
 
+def _hiera_shape(config: Any, height: int, width: int) -> tuple[int, int]:
+    """Stages pool within units, which must fill the picture."""
+    sides: list[int] = []
+    for side, stride, pooled in zip((height, width), config.patch_stride, config.query_stride, strict=True):
+        unit = stride * pooled**config.num_query_pool
+        if side % unit:
+            raise ValueError(f"pictures of {height} x {width}: Hiera reads sides that are multiples of {unit}")
+        sides.append(side // unit)
+    return sides[0], sides[1]
+
+
 MAPS = {
     "swin": _swin("SwinModel"),
     "swinv2": _swin("Swinv2Model"),
+    "hiera": MapFamily(
+        cls="HieraModel",
+        pool=lambda model, tokens, maps: tokens.mean(1) if model.pooler is None else model.pooler(tokens),
+        width=lambda model: model.num_features,
+        shape=_hiera_shape,
+        absolute=lambda config: True,
+    ),
     "convnext": MapFamily(cls="ConvNextModel", pool=_mean_normed, width=_last),
     "convnextv2": MapFamily(cls="ConvNextV2Model", pool=_mean_normed, width=_last),
     "dinov3_convnext": MapFamily(
@@ -126,6 +144,13 @@ class MapTrunk(nn.Module):
 
     def __init__(self, model: Any, config: Any, family: MapFamily) -> None:
         super().__init__()
+        if config.model_type == "hiera":
+            if config.num_query_pool != len(config.depths) - 1:
+                raise ValueError(
+                    "a Hiera whose last stages do not pool has its tokens in an order that is not known here"
+                )
+            if not getattr(config, "add_pooling_layer", True):
+                model.pooler = None
         self.model, self.config, self.family = model, config, family
         self.width = family.width(model)
         size = getattr(config, "image_size", None)
@@ -142,11 +167,10 @@ class MapTrunk(nn.Module):
             {"interpolate_pos_encoding": True} if self.family.absolute(self.config) and (H, W) != self.trained else {}
         )
         some = pixels if B else pixels.new_zeros(1, *pixels.shape[1:])
+        shape = None if self.family.shape is None else self.family.shape(self.config, H, W)
         values = self.model(some, return_dict=True, **told).last_hidden_state[:B]
-        if self.family.shape is None:
+        if shape is None:
             shape, values = tuple(values.shape[2:]), values.flatten(2).mT
-        else:
-            shape = self.family.shape(self.config, H, W)
         return Tokens(values, Grid.regular(B, shape, special=self.family.special, device=values.device))
 
     def encode(self, tokens: Tokens, keep: Tensor | None, layers: Sequence[int]) -> Encoding:
@@ -159,6 +183,6 @@ class MapTrunk(nn.Module):
         return Encoding(tokens, values.sum(1))
 
     def no_weight_decay(self) -> set[str]:
-        """Learned positions of Swin transformers, absolute and relative."""
+        """Learned positions of Swin transformers and Hiera, absolute and relative."""
         ends = ("position_embeddings", "relative_position_bias_table")
         return {name for name, _ in self.named_parameters() if name.endswith(ends)}

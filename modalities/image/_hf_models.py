@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +24,7 @@ class Family:
         projected: name of the class that has a projection on top, if there is one.
         any_size: positions are fitted to the picture unasked; others are told when it has not the trained size.
         relation: what blocks must be told of the places of tokens: "rotary" angles, a "bias" of attention, or None.
+        embed: from the model's embeddings, normalised pixels and options (sizes other than the trained) to tokens.
         native: reads pictures of their own shape, as padded patches.
     """
 
@@ -35,6 +37,7 @@ class Family:
     any_size: bool = False
     relation: str | None = None
     native: bool = False
+    embed: Callable[..., Tensor] = lambda embeddings, pixels, **told: embeddings(pixels, **told)
 
 
 def _nothing(model: Any, values: Tensor, valid: Tensor | None) -> None:
@@ -73,6 +76,13 @@ def _beit(model: Any, values: Tensor, valid: Tensor | None) -> Tensor | None:
     return norm((values[:, 1:] * marks).sum(1) / marks.sum(1).clamp_min(1))
 
 
+def _whole_mae(embeddings: Any, pixels: Tensor, **told: Any) -> Tensor:
+    """All patches in raster order: the trunk sets the masked share to nothing, and noise is what orders them."""
+    patches = (pixels.shape[2] // embeddings.patch_size) * (pixels.shape[3] // embeddings.patch_size)
+    order = torch.arange(patches, dtype=torch.float32, device=pixels.device)
+    return embeddings(pixels, noise=order.expand(len(pixels), -1), **told)[0]
+
+
 def _clip(name: str, projected: str | None = None) -> Family:
     return Family(cls=name, pool=_normed_first, norm=None, projected=projected)
 
@@ -97,6 +107,14 @@ FAMILIES = {
         any_size=True,
         special=lambda config: 1 + config.num_register_tokens,
         relation="rotary",
+    ),
+    "vit_mae": Family(cls="ViTMAEModel", pool=_nothing, embed=_whole_mae),
+    "data2vec-vision": Family(
+        cls="Data2VecVisionModel",
+        pool=_nothing,
+        any_size=True,
+        relation="bias",
+        embed=lambda embeddings, pixels: embeddings(pixels)[0],
     ),
     "beit": Family(cls="BeitModel", pool=_beit, any_size=True, relation="bias"),
     "clip_vision_model": _clip("CLIPVisionModel", "CLIPVisionModelWithProjection"),

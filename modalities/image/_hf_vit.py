@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -39,6 +40,9 @@ class ViTTrunk(nn.Module):
             model.pooler = None
         if getattr(model.embeddings, "mask_token", None) is not None:
             model.embeddings.mask_token = None  # of the pretraining; it would get no gradient
+        if getattr(config, "mask_ratio", None):  # of MAE's pretraining; a copy, so that the checkpoint's config stays
+            model.embeddings.config = copy.copy(config)
+            model.embeddings.config.mask_ratio = 0.0
         self.model, self.projection = model, projection
         self.config, self.family = config, family
         self.width, self.depth = config.hidden_size, config.num_hidden_layers
@@ -49,7 +53,8 @@ class ViTTrunk(nn.Module):
             self.pooled_width = getattr(config, "pooler_output_size", None)
         if family.relation == "bias":
             for block in self.blocks():
-                block.__class__ = _biased(type(block))
+                told = _told if hasattr(block.attention, "attention") else _biased
+                block.__class__ = told(type(block))
         size = getattr(config, "image_size", None)
         self.trained = (size, size) if isinstance(size, int) else tuple(size or ())
 
@@ -64,7 +69,7 @@ class ViTTrunk(nn.Module):
         embeddings = self.model.embeddings
         fitted = self.family.any_size or (H, W) == self.trained
         some = pixels if B else pixels.new_zeros(1, *pixels.shape[1:])  # parts of the library cannot run on none
-        values = embeddings(some) if fitted else embeddings(some, interpolate_pos_encoding=True)
+        values = self.family.embed(embeddings, some, **({} if fitted else {"interpolate_pos_encoding": True}))
         places = self._positions(values, H, W, table_as_it_is=fitted and not self.family.any_size)
         grid = Grid.regular(B, shape, special=self.special, device=values.device)
         return Tokens(values[:B], grid, places.to(values.dtype).expand(B, -1, -1))
@@ -155,9 +160,11 @@ class ViTTrunk(nn.Module):
         return {"position_embeddings": (cos, sin)}
 
     def _biases(self, full: Grid, kept: Grid) -> dict[str, Any]:
-        """BEiT's window, which tokens of it are kept, and the bias of attention that all blocks share."""
+        """BEiT's and data2vec's window, which tokens of it are kept, and the bias that all blocks share."""
         at = None if kept.shape is not None else F.pad(self._places(full, kept) + 1, (1, 0))
         shared = getattr(self.model, "shared_position_bias", None)
+        if shared is None:
+            shared = getattr(getattr(self.model, "encoder", None), "relative_position_bias", None)
         return {"window": full.shape, "at": at, "shared": None if shared is None else _chosen(shared(full.shape), at)}
 
 
@@ -186,6 +193,24 @@ def _biased(layer: Any) -> Any:
             return values + self.drop_path(self.lambda_2 * self.dropout(self.mlp(self.layernorm_after(values))))
 
     return Biased
+
+
+@cache
+def _told(layer: Any) -> Any:
+    """The same of data2vec, whose own ``forward`` takes a bias from outside and adds it to that of the block."""
+
+    class Told(layer):
+        def forward(
+            self, values: Tensor, mask: Tensor | None = None, window: Any = None, at: Any = None, shared: Any = None
+        ) -> Tensor:
+            attention = self.attention.attention
+            attention.has_relative_position_bias = False
+            table = getattr(attention, "relative_position_bias", None)
+            own = None if table is None else _chosen(table(window), at)
+            parts = [part for part in (own, shared, mask) if part is not None]
+            return super().forward(values, relative_position_bias=sum(parts[1:], parts[0]) if parts else None)[0]
+
+    return Told
 
 
 def _blocks(model: Any) -> nn.ModuleList:

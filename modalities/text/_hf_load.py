@@ -9,8 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmrep.hub.fetch import ModelFolderError
 from mmrep.hub.pretrained import load_pretrained
 from mmrep.hub.pretrained import rebuild as rebuild_model
+from mmrep.hub.remote_code import refusal
 from mmrep.modalities.text import _hf_pe as pe
 
 _PARTS = {
@@ -34,7 +36,7 @@ FULL_LENGTH = frozenset({"siglip", "siglip2", "siglip_text_model", "siglip2_text
 
 
 def load(
-    source: str, *, revision: str | None, local_files_only: bool, projection: bool, space: str | None = None
+    source: str, *, revision: str | None, local_files_only: bool, projection: bool, code: bool, space: str | None = None
 ) -> tuple[nn.Module, Any, set[str]]:
     """Load a pretrained text model in float32; see `mmrep.hub.pretrained.load_pretrained`.
 
@@ -44,13 +46,14 @@ def load(
         local_files_only: never touch the network.
         projection: keep the text projection into a joint space, where the checkpoint has one.
         space: which, where the checkpoint has several.
+        code: run the checkpoint's own code.
 
     Returns:
         The model, its config, and the names of parameters that the checkpoint has no values for (pooling layer only).
     """
     model, config, missing = load_pretrained(
         source, partial(_class, projection=projection, source=source, space=space), noun="text", revision=revision,
-        local_files_only=local_files_only, may_lack=("pooler.", "text_model.pooler."), ignore=_IDLE,
+        local_files_only=local_files_only, may_lack=("pooler.", "text_model.pooler."), ignore=_IDLE, code=code,
     )  # fmt: skip
     if config.model_type in _WHOLE:
         part = config.text_config
@@ -66,9 +69,9 @@ def load(
     return _encoder_part(model, projection), config, missing
 
 
-def rebuild(folder: Path, *, projection: bool) -> tuple[nn.Module, Any]:
+def rebuild(folder: Path, *, projection: bool, code: bool) -> tuple[nn.Module, Any]:
     """The architecture that ``folder/config.json`` describes, with random weights (the saved state fills them)."""
-    model, config = rebuild_model(folder, partial(_class, projection=projection, source=str(folder)))
+    model, config = rebuild_model(folder, partial(_class, projection=projection, source=str(folder)), code=code)
     for kind, (whole, _) in _WHOLE.items():
         if config.model_type == f"{kind}_text_model" and config.architectures == [whole]:
             width = getattr(config, "project_dim", config.hidden_size)
@@ -126,14 +129,48 @@ def max_length(model: Any, config: Any, tokenizer: Any) -> int:
     limits = [int(tokenizer.model_max_length)]
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None:
-        inner = getattr(model, "text_model", model)
-        inner = getattr(inner, "roberta", inner)
-        table = getattr(getattr(inner, "embeddings", None), "position_embeddings", None)
-        padding = getattr(table, "padding_idx", None)
-        # RoBERTa's positions begin after the padding id: 514 of them hold 512 tokens.
-        limits.append(int(positions) - (0 if padding is None else padding + 1))
+        limits.append(int(positions) - first_place(model))
     smallest = min(limits)
     return smallest if smallest < 1_000_000 else 512  # "no limit" is a huge number in some tokenizers
+
+
+def load_tokenizer(source: str, *, code: bool, **options: Any) -> Any:
+    """The checkpoint's tokenizer.
+
+    Args:
+        source: folder or hub id.
+        code: run the checkpoint's own code.
+        **options: ``revision`` and ``local_files_only``.
+
+    Raises:
+        ModelFolderError: it has none; of many kinds transformers then makes an empty one, which knows no word.
+    """
+    from transformers import AutoTokenizer
+
+    advice = (
+        "a model of text needs its tokenizer.json and tokenizer_config.json (or a vocabulary such as vocab.txt or "
+        "spiece.model) beside its config.json. Copy them from where the model came from, or write them there by "
+        "transformers: AutoTokenizer.from_pretrained(the base model).save_pretrained(the folder)"
+    )
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=code, **options)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if not code and "trust_remote_code" in str(error):
+            raise ValueError(f"path {refusal(source, 'auto_map in its tokenizer_config.json')}") from error
+        raise ModelFolderError(f"path {source!r}: its tokenizer cannot be read: {advice} ({error})") from error
+    words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+    if len(words) < 2:
+        raise ModelFolderError(f"path {source!r} has no tokenizer, or one without a word: {advice}")
+    return tokenizer
+
+
+def first_place(model: Any) -> int:
+    """The position of a text's first token: RoBERTa's begin after the padding id, so that 514 hold 512 tokens."""
+    inner = getattr(model, "text_model", model)
+    inner = getattr(inner, "roberta", inner)
+    table = getattr(getattr(inner, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else padding + 1
 
 
 def _class(config: Any, *, projection: bool, source: str, space: str | None = None) -> tuple[Any, Any]:

@@ -14,10 +14,21 @@ from torch import Tensor
 
 from mmrep.config import config
 from mmrep.hub.pretrained import locate
+from mmrep.hub.remote_code import check, read_code, write_code
 from mmrep.layers import stacked
 from mmrep.modalities.text._base import TextEncoder, frame_of, grid, last_special, no_rows, one_blank
-from mmrep.modalities.text._hf_load import FULL_LENGTH, TextPart, load, max_length, rebuild, without_pooler
+from mmrep.modalities.text._hf_load import (
+    FULL_LENGTH,
+    TextPart,
+    first_place,
+    load,
+    load_tokenizer,
+    max_length,
+    rebuild,
+    without_pooler,
+)
 from mmrep.modalities.text._hf_pe import Space
+from mmrep.modalities.text._hf_places import Placing, mask, placing
 from mmrep.modalities.text._prompts import Prompts, without_prompt
 from mmrep.tokens import Content, Encoding, Grid, Inputs, Tokens
 
@@ -30,8 +41,9 @@ class HFTextConfig(Prompts):
     what the model allows. pad: to the longest text of the batch or to max_length; SigLIP, which reads its padding, is
     padded to max_length in any case. projection: go through the projection into the joint space that the checkpoint of
     a CLIP-like model, SigLIP, ALIGN or CLAP has. pooler: keep the pooling layer of BERT-like models, for pool `native`;
-    without it that layer would get no gradient. space: of PE audio-video, what its texts are compared with. Prompts:
-    see `Prompts`.
+    without it that layer would get no gradient. space: of PE audio-video, what its texts are compared with.
+    trust_remote_code: the checkpoint needs Python code of its own; this alone does not run it, see
+    `mmrep.hub.remote_code`. Prompts: see `Prompts`.
     """
 
     path: str
@@ -42,6 +54,7 @@ class HFTextConfig(Prompts):
     projection: bool = True
     pooler: bool = False
     space: Space | None = None
+    trust_remote_code: bool = False
 
 
 class HFText(TextEncoder):
@@ -52,36 +65,42 @@ class HFText(TextEncoder):
     tokenizer's own side is (but for SigLIP, which reads it), and is told by the mask, never by the padding id.
 
     `forward` calls the model with ids, exactly as transformers users do. `tokenize` gives the input embeddings,
-    *without* positions, which the model adds inside `encode`; so tokens cannot be dropped, but where the embeddings are
-    as wide as the output they can be hidden. A projection is linear and is applied to every token, which commutes with
-    the pools; where it changes the width, ``"layers"`` is not supported. CLAP's and PE's is not linear: it is applied
-    to the pooled vector alone, of width ``pooled_width``, which is not of length 1 (CLAP's ``get_text_features`` makes
-    it so).
+    *without* positions, which the model adds inside `encode`. Tokens can be dropped where the model can be told the
+    places of those that are kept (`mmrep.modalities.text._hf_places`); what comes out is what the whole text gives if
+    nothing attends to the dropped ones. Where the embeddings are as wide as the output, tokens can be hidden. A
+    projection is linear and is applied to every token, which commutes with the pools; where it changes the width,
+    ``"layers"`` is not supported. CLAP's and PE's is not linear: it is applied to the pooled vector alone, of
+    width ``pooled_width``, which is not of length 1 (CLAP's ``get_text_features`` makes it so).
     """
 
     Config = HFTextConfig
-    supports = frozenset({"tokens", "mask_token", "layers", "content", "attention"})
+    # What most models can do; an instance narrows it to what its model can.
+    supports = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content", "attention"})
 
     def __init__(self, config: HFTextConfig, files: Path | None = None) -> None:
         super().__init__(config, files)
-        from transformers import AutoTokenizer
-
         missing: set[str] = set()
         options: dict[str, Any] = {"local_files_only": True}
+        code = config.trust_remote_code
         if files is not None and (files / "config.json").is_file():
             source = str(files)
-            self.model, self.hf_config = rebuild(files, projection=config.projection)
+            if code:
+                check(config.path, source, files=files, **options)
+            self.model, self.hf_config = rebuild(files, projection=config.projection, code=code)
         else:
             source = locate(config.path)
             options = {"revision": config.revision, "local_files_only": config.local_files_only}
+            if code:
+                check(config.path, source, **options)
             self.model, self.hf_config, missing = load(
-                source, projection=config.projection, space=config.space, **options
+                source, projection=config.projection, code=code, space=config.space, **options
             )
+        self._code = read_code(source, **options) if code else {}
         if not config.pooler:
             without_pooler(self.model)
         elif missing:
             raise ValueError(f"path {config.path!r}: pooler is asked for, but the checkpoint has no values for it")
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **options)
+        self.tokenizer: Any = load_tokenizer(source, code=code, **options)
         self.pad_id = next((n for n in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if n is not None), 0)
         self.full_length = self.hf_config.model_type in FULL_LENGTH
         if self.full_length and not config.projection:
@@ -98,6 +117,9 @@ class HFText(TextEncoder):
             self.supports = self.supports - {"mask_token"}
         if isinstance(self.model, TextPart):  # a part cannot change how the whole computes attention
             self.supports = self.supports - {"attention"}
+        self.placing = placing(self.hf_config)
+        if self.placing is None:
+            self.supports = self.supports - {"drop_tokens"}
         self.depth = self.hf_config.num_hidden_layers if "layers" in self.supports else 0
         parameters = inspect.signature(self._inner.forward).parameters
         self._is_clip = kind in ("clip_text_model", "metaclip_2_text_model", "xclip_text_model")
@@ -177,9 +199,12 @@ class HFText(TextEncoder):
         return {**inputs, "ids": codes}
 
     def encode(self, tokens: Tokens, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
-        """Run the model on input embeddings; see `Encoder.encode`."""
+        """Run the model on input embeddings of the kept tokens; see `Encoder.encode`.
+
+        A token has the place that it has in the text, wherever it is stored; special tokens come first.
+        """
         self.check_request(keep, layers)
-        return self._encode(tokens, layers)
+        return self._encode(tokens.keep(keep), layers, None if keep is None else self.placing)
 
     def attended(self, tokens: Tokens) -> Encoding:
         """See `Encoder.attended`. Attention is computed the slow way, which shows it; in training it stays so."""
@@ -189,22 +214,24 @@ class HFText(TextEncoder):
         before = self.hf_config._attn_implementation
         model.set_attn_implementation("eager")
         try:
-            return self._encode(tokens, (), attention=True)
+            return self._encode(tokens, (), None, attention=True)
         finally:
             if not self.training:  # checkpointed layers are computed again in the backward pass
                 model.set_attn_implementation(before)
 
-    def _encode(self, tokens: Tokens, layers: Sequence[int], *, attention: bool = False) -> Encoding:
+    def _encode(
+        self, tokens: Tokens, layers: Sequence[int], how: Placing | None, *, attention: bool = False
+    ) -> Encoding:
         if not len(tokens.values):
-            return no_rows(self._encode(one_blank(tokens), layers, attention=attention))
+            return no_rows(self._encode(one_blank(tokens), layers, None, attention=attention))
         options: dict[str, Any] = {"output_attentions": True} if attention else {}
         if self._takes_embeddings:
-            return self._run(tokens.grid, layers, inputs_embeds=tokens.values, **options)
+            return self._run(tokens.grid, layers, how, inputs_embeds=tokens.values, **options)
         # CLIP and SigLIP take ids only: give them any, and the real embeddings where they look the ids up.
         handle = self._embedding.register_forward_hook(lambda *_: tokens.values)
         try:
             ids = torch.zeros_like(tokens.grid.valid, dtype=torch.long)
-            return self._run(tokens.grid, layers, input_ids=ids, **options)
+            return self._run(tokens.grid, layers, how, input_ids=ids, **options)
         finally:
             handle.remove()
 
@@ -212,11 +239,15 @@ class HFText(TextEncoder):
         """Run the model on ids."""
         if not len(inputs["ids"]):
             return no_rows(self.forward({key: value.new_ones(1, value.shape[1]) for key, value in inputs.items()}))
-        return self._run(grid(inputs), (), input_ids=inputs["ids"])
+        return self._run(grid(inputs), (), None, input_ids=inputs["ids"])
 
-    def _run(self, where: Grid, layers: Sequence[int], **values: Any) -> Encoding:
-        mask = None if self.full_length else where.valid.long()
-        out = self.model(attention_mask=mask, output_hidden_states=bool(layers), return_dict=True, **values)
+    def _run(self, where: Grid, layers: Sequence[int], placed: Placing | None, **values: Any) -> Encoding:
+        if placed is not None:
+            values["position_ids"] = where.coords[..., 0].long() + first_place(self.model)
+            values["attention_mask"] = mask(placed, self.hf_config, where, next(self.model.parameters()).dtype)
+        else:
+            values["attention_mask"] = None if self.full_length else where.valid.long()
+        out = self.model(output_hidden_states=bool(layers), return_dict=True, **values)
         hidden = out.last_hidden_state if self._projection is None else self._projection(out.last_hidden_state)
         if self._is_clip:
             # Not the library's choice, which looks for the largest id, or for an id that the config may have wrong, and
@@ -236,6 +267,7 @@ class HFText(TextEncoder):
         return self.model.get_input_embeddings()  # pyright: ignore[reportCallIssue]
 
     def save_files(self, folder: Path) -> None:
-        """Write the tokenizer and the model's own config.json."""
+        """Write the tokenizer, the model's own config.json, and the code that it needs, if it does."""
         self.tokenizer.save_pretrained(folder)
         self.hf_config.save_pretrained(folder)
+        write_code(self._code, folder)

@@ -60,7 +60,8 @@ class OpenClipText(TextEncoder):
             self.model_config: dict[str, Any] = json.loads((files / FILE).read_text())["model_cfg"]
             text = _random(self.model_config)
         else:
-            source = config.model
+            whole = open_clip_folder(config.model)
+            source = config.model if whole is None else f"local-dir:{whole.folder}"
             text, self.model_config = _new(config)
         self.text: Any = text
         if not config.projection:

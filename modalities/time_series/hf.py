@@ -1,23 +1,25 @@
-"""Hugging Face encoders of time series: PatchTST (arXiv:2211.14730) and PatchTSMixer (arXiv:2306.09364)."""
+"""Hugging Face encoders of time series: PatchTST (arXiv:2211.14730), PatchTSMixer (arXiv:2306.09364), TimesFM."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from mmrep.config import config
 from mmrep.encoder import BadSampleError
 from mmrep.hub.pretrained import load_pretrained, locate, rebuild
 from mmrep.modalities.time_series._base import Cut, SeriesEncoder, pad
+from mmrep.modalities.time_series._hf_timesfm import CLASSES, TimesFM
 from mmrep.modalities.time_series._stats import standardize
 from mmrep.tokens import Encoding, Grid, Inputs, Tokens
 from mmrep.views import View
 
-_CLASSES = {"patchtst": "PatchTSTModel", "patchtsmixer": "PatchTSMixerModel"}
+_CLASSES = {"patchtst": "PatchTSTModel", "patchtsmixer": "PatchTSMixerModel", **CLASSES}
 
 
 @config
@@ -27,7 +29,8 @@ class HFSeriesConfig:
     revision: hub branch, tag or commit. local_files_only: never touch the network. cut: what to keep of a series that
     is longer than the model's context: its end, as forecasters do, its start, or refuse it. pad: where a shorter one
     gets steps that are not observed. fill: what stands at steps that are not observed; `zero` is what the library's
-    users give it, `mean` (of the channel's observed values) keeps gaps from looking like jumps to zero.
+    users give it, `mean` (of the channel's observed values) keeps gaps from looking like jumps to zero. TimesFM has its
+    own way with gaps and is padded on the left. frequency: of TimesFM 1 and 2, see `TimesFM`.
     """
 
     path: str
@@ -36,22 +39,27 @@ class HFSeriesConfig:
     cut: Cut = "end"
     pad: Literal["left", "right"] = "left"
     fill: Literal["zero", "mean"] = "zero"
+    frequency: Annotated[int, Field(ge=0)] = 0
 
 
 class HFSeries(SeriesEncoder):
-    """A Hugging Face PatchTST or PatchTSMixer without its head, the library's own scaling included.
+    """A Hugging Face PatchTST, PatchTSMixer or TimesFM without its head, the library's own scaling included.
 
-    A checkpoint of any task will do (pretraining, prediction, classification, regression); its random masking of the
-    input is left out. Every series is brought to the model's context length; times do not reach the model. Tokens are
-    the class token of each channel (if the model has them), then all patches of the first channel, of the next, and so
-    on; their values before `encode` are the library's embeddings, positions included. A patch without an observed value
-    is not valid, but the model has no mask and attends to it, as in the library. Coordinates are the mean time of the
-    patch's valid steps, and the channel. Since attention runs without a mask inside each channel, tokens cannot be
-    dropped.
+    TimesFM is told of in `mmrep.modalities.time_series._hf_timesfm`: it reads any number of channels, each alone, up to
+    its context length, and its tokens (patches, channel by channel) can be dropped.
+
+    Of the others: a checkpoint of any task will do (pretraining, prediction, classification, regression); its
+    random masking of the input is left out. Every series is brought to the model's context length; times do not
+    reach the model. Tokens are the class token of each channel (if the model has them), then all patches of the
+    first channel, of the next, and so on; their values before `encode` are the library's embeddings, positions
+    included. A patch without an observed value is not valid, but the model has no mask and attends to it, as in the
+    library. Coordinates are the mean time of the patch's valid steps, and the channel. Since attention runs without
+    a mask inside each channel, their tokens cannot be dropped.
     """
 
     Config = HFSeriesConfig
-    supports = frozenset({"tokens", "layers"})
+    # What TimesFM can do; an instance narrows it to what its model can.
+    supports = frozenset({"tokens", "drop_tokens", "layers"})
     largest = 1e15  # the library squares in float32
 
     def __init__(self, config: HFSeriesConfig, files: Path | None = None) -> None:
@@ -63,12 +71,29 @@ class HFSeries(SeriesEncoder):
                 locate(config.path), _choose, noun="time series", revision=config.revision,
                 local_files_only=config.local_files_only,
             )  # fmt: skip
-        self.mixer = self.hf_config.model_type == "patchtsmixer"
-        self.channels = self.hf_config.num_input_channels
         self.max_length, self.cut = self.hf_config.context_length, config.cut
+        self.mixer = self.hf_config.model_type == "patchtsmixer"
+        self.forecaster: TimesFM | None = None
+        if self.hf_config.model_type in CLASSES:
+            self._as_forecaster(config)
+            return
+        if config.frequency:
+            raise ValueError(f"frequency={config.frequency}: a {self.hf_config.model_type!r} model has no such thing")
+        self.supports = self.supports - {"drop_tokens"}
+        self.channels = self.hf_config.num_input_channels
         self.width = self.hf_config.d_model
         self.depth = len(self._blocks)
         self.class_token = not self.mixer and self.hf_config.use_cls_token
+
+    def _as_forecaster(self, config: HFSeriesConfig) -> None:
+        if config.pad != "left" or config.fill != "zero":
+            raise ValueError(
+                f"pad={config.pad!r}, fill={config.fill!r}: TimesFM is padded on the left, and its gaps are bridged by "
+                "straight lines; leave both out"
+            )
+        self.forecaster = TimesFM(self.model, self.hf_config, config.frequency)
+        self.channels, self.largest = "any", TimesFM.largest
+        self.width, self.depth = self.hf_config.hidden_size, len(self._blocks)
 
     def layer_modules(self) -> list[nn.Module]:
         """See `Encoder.layer_modules`."""
@@ -76,6 +101,8 @@ class HFSeries(SeriesEncoder):
 
     @property
     def _blocks(self) -> Any:
+        if self.forecaster is not None:
+            return self.model.layers
         return self.model.encoder.mlp_mixer_encoder.mixers if self.mixer else self.model.encoder.layers
 
     @property
@@ -88,21 +115,31 @@ class HFSeries(SeriesEncoder):
         Patches are laid from the end, so a context length that they do not fill loses its first steps.
         """
         item = super().prepare(raw, view=view, seed=seed)
-        if not self._patchify(self.collate([item])["observed"]).any():
+        if self.forecaster is None and not self._patchify(self.collate([item])["observed"]).any():
             raise BadSampleError("all missing", "nothing is observed in the steps that the model's patches cover")
         return item
 
     def collate(self, items: Sequence[Inputs]) -> Inputs:
-        """Pad to the context length: ``values`` and ``observed`` [B, L, C], ``times`` and ``valid`` [B, L]."""
-        return pad(items, self.max_length, left=self.config.pad == "left")
+        """Pad to the context length: ``values`` and ``observed`` [B, L, C], ``times`` and ``valid`` [B, L].
+
+        TimesFM's batches are padded to the patches of their longest.
+        """
+        length = self.max_length
+        if self.forecaster is not None:
+            length = self.forecaster.steps(max((len(item["times"]) for item in items), default=1))
+        return pad(items, length, left=self.config.pad == "left")
 
     def tokenize(self, inputs: Inputs) -> Tokens:
         """Scale, cut into patches and embed, by the library: tokens [B, (class +) C * patches, D]."""
         if not len(inputs["values"]):
             blank = {key: value.new_ones(1, *value.shape[1:]) for key, value in inputs.items()}
+            if self.forecaster is not None:
+                return _no_rows(self.tokenize(blank))
             blank["values"] = blank["values"].expand(-1, -1, int(self.channels))
             blank["observed"] = blank["observed"].expand(-1, -1, int(self.channels))
             return _no_rows(self.tokenize(blank))
+        if self.forecaster is not None:
+            return self.forecaster.tokenize(inputs)
         values, observed = inputs["values"].to(next(self.model.parameters()).dtype), inputs["observed"]
         if self.config.fill == "mean":
             values = torch.where(observed, values, standardize(values, observed, dim=1)[1])
@@ -122,6 +159,8 @@ class HFSeries(SeriesEncoder):
             where = Grid(tokens.grid.coords.new_zeros(B, N, 2), marks, ~marks)
             encoding = self.encode(Tokens(tokens.values.new_zeros(B, N, D), where), layers=layers)
             return Encoding(_no_rows(encoding.tokens), layers=tuple(layer[:0] for layer in encoding.layers))
+        if self.forecaster is not None:
+            return self.forecaster.encode(tokens, keep, layers)
         hidden = self._square(tokens.values)
         asked: dict[int, Tensor] = {}
         for number, block in enumerate(self._blocks, start=1):
@@ -172,7 +211,7 @@ def _choose(config: Any) -> tuple[Any, Any]:
     if config.model_type not in _CLASSES:
         raise ValueError(
             f"a {config.model_type!r} checkpoint is no time series encoder that hf-series knows; it knows "
-            f"{' and '.join(_CLASSES)}"
+            f"{', '.join(_CLASSES)}"
         )
     return getattr(transformers, _CLASSES[config.model_type]), config
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmrep.config import config
 from mmrep.encoder import BadSampleError
-from mmrep.hub.pretrained import load_pretrained, locate, quiet, rebuild
+from mmrep.hub.pretrained import load_pretrained, load_processor, locate, rebuild
 from mmrep.modalities.video._base import VideoEncoder
 from mmrep.modalities.video._hf_models import FAMILIES, Family, choose
 from mmrep.modalities.video.sampling import Sampling
@@ -230,11 +230,12 @@ class HFVideo(VideoEncoder):
 
 
 def _processor(source: str, family: Family, **options: Any) -> Any:
-    import transformers
-
-    kind: Any = transformers.AutoImageProcessor if family.images else transformers.AutoVideoProcessor
-    with quiet():
-        return kind.from_pretrained(source, trust_remote_code=False, **options)
+    says = "how the model's frames are prepared: size, crop, mean and deviation"
+    files = ("preprocessor_config.json", "processor_config.json")
+    if family.images:
+        return load_processor("AutoImageProcessor", source, noun="image processor", files=files, says=says, **options)
+    files = ("video_preprocessor_config.json", *files)
+    return load_processor("AutoVideoProcessor", source, noun="video processor", files=files, says=says, **options)
 
 
 def _frames(config: HFVideoConfig, family: Family, hf_config: Any, processor: Any) -> int:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import mmrep
 from mmrep.hub.fetch import ModelFolderError
+from tests.hub.layouts import open_clip_folder, timm_folder
 from tests.modalities.audio import audio_tiny_hf
 from tests.modalities.text import tiny_hf
 
@@ -108,14 +109,10 @@ def test_an_audio_model_is_pooled_as_its_kind_is(kind, tmp_path):
 
 
 def test_a_timm_folder(tmp_path):
-    import timm
     from PIL import Image
     from timm.data import create_transform, resolve_model_data_config
-    from timm.models import save_for_hf
 
-    torch.manual_seed(0)
-    model = timm.create_model("test_vit", num_classes=7).eval()
-    save_for_hf(model, tmp_path, safe_serialization=True)
+    model = timm_folder(tmp_path)
     ours = mmrep.load(tmp_path)
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 91, 3), dtype=np.uint8))
     transform = create_transform(**resolve_model_data_config(model), is_training=False)
@@ -130,22 +127,7 @@ def test_an_open_clip_folder(sigmoid, tmp_path):
     import open_clip
     from PIL import Image
 
-    torch.manual_seed(0)
-    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8}
-    text = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}
-    config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text, "quick_gelu": True}
-    if sigmoid:
-        config |= {"init_logit_bias": -7.5, "init_logit_scale": 2.0, "custom_text": True}
-    preprocess = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "interpolation": "bilinear"}
-    document = {"model_cfg": config, "preprocess_cfg": preprocess}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(document))
-    made = (open_clip.CustomTextCLIP if sigmoid else open_clip.CLIP)(
-        **{key: value for key, value in json.loads(json.dumps(config)).items() if key != "custom_text"}
-    )
-    with torch.no_grad():
-        made.logit_scale.add_(0.3)
-    save_file({key: value.contiguous() for key, value in made.state_dict().items() if key != "attn_mask"},
-              tmp_path / "open_clip_model.safetensors")  # fmt: skip
+    open_clip_folder(tmp_path, sigmoid=sigmoid)
     theirs, transform = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path}")
     theirs.eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tmp_path}")
@@ -174,7 +156,8 @@ def test_what_cannot_be_read_says_why(tmp_path):
     cases = [
         (folder("pickle", config__json={"model_type": "bert"}, pytorch_model__bin=1), "only pytorch_model.bin"),
         (folder("empty", config__json={"model_type": "bert"}), "holds no model weights"),
-        (folder("code", config__json={"model_type": "mine", "auto_map": {"AutoModel": "x.Y"}}), "never runs code"),
+        (folder("code", config__json={"model_type": "mine", "auto_map": {"AutoModel": "x.Y"}}),
+         "code of a repository unasked"),
         (folder("typo", config__json={"model_type": "bertt"}), "did you mean 'bert'"),
         (folder("parts", config__json={"model_type": "bert"}, modules__json=[{"path": "", "type": "a.WordWeights"}]),
          "of the parts WordWeights"),

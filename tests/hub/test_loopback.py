@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import mmrep
+from tests.hub import custom_text
+from tests.hub.layouts import open_clip_folder, timm_folder
 from tests.hub.loopback import COMMIT, Hub, Repo
-from tests.hub.loopback_driver import TEXTS
+from tests.hub.loopback_driver import TEXTS, picture
 from tests.modalities.text import tiny_hf
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +35,18 @@ SCENARIOS = {
     "forged": {"name": "org/forged"},
     "no weights": {"name": "org/pickle"},
     "no config": {"name": "org/bare"},
+    "timm without a token": {"name": "org/timm"},
+    "timm": {"name": "org/timm", "revision": "main", "token": "hf_right", "raw": "picture"},
+    "timm by its scheme": {"name": "timm:org/timm_open", "raw": "picture"},
+    "open_clip": {"name": "org/open_clip", "revision": COMMIT, "token": "hf_right", "raw": "picture"},
+    "open_clip without options": {"name": "org/open_clip_open", "raw": "picture"},
+    "open_clip by its scheme": {"name": "open_clip:hf-hub:org/open_clip", "token": "hf_right", "raw": "picture"},
+    "open_clip of no such revision": {"name": "open_clip:hf-hub:org/open_clip@v9", "token": "hf_right"},
+    "open_clip of another layout": {"name": "open_clip:hf-hub:org/plain"},
+    "timm of pickles": {"name": "timm:org/pickle"},
+    "code": {"name": "org/code"},
+    "code asked for": {"name": "org/code", "trust_remote_code": True},
+    "code of another repository": {"name": "org/foreign", "trust_remote_code": True},
 }
 
 
@@ -65,12 +79,19 @@ def world(bert, tmp_path_factory):
     (folder / "pickle" / "config.json").write_text((bert / "config.json").read_text())
     (folder / "pickle" / "pytorch_model.bin").write_bytes(b"pickle")
     (folder / "bare" / weights).write_bytes((bert / weights).read_bytes())
+    timm_folder(folder / "timm")
+    open_clip_folder(folder / "open_clip")
+    custom_text.write(folder / "code")
+    custom_text.write(folder / "foreign", repository="other/place--")
     repos = {
         "org/plain": Repo(bert), "org/ours": Repo(folder / "ours"), "org/private": Repo(bert, token="hf_right"),
         "org/gated": Repo(bert, gated=True), "org/trouble": Repo(bert, fail={weights: 1}),
         "org/down": Repo(bert, fail={weights: 99}), "org/cut": Repo(bert, cut={weights: size // 2}),
         "org/slow": Repo(bert, slow=0.05), "org/forged": Repo(bert, forged={weights: b"x" * size}),
         "org/pickle": Repo(folder / "pickle"), "org/bare": Repo(folder / "bare"),
+        "org/timm_open": Repo(folder / "timm"), "org/open_clip_open": Repo(folder / "open_clip"),
+        "org/timm": Repo(folder / "timm", token="hf_right"), "org/code": Repo(folder / "code"),
+        "org/open_clip": Repo(folder / "open_clip", token="hf_right"), "org/foreign": Repo(folder / "foreign"),
     }  # fmt: skip
     with Hub(repos) as hub:
         found = run(hub, [dict(job) for job in SCENARIOS.values()], folder)
@@ -78,7 +99,8 @@ def world(bert, tmp_path_factory):
         offline = [{"name": "org/plain"}, {"name": "org/other"}]
         away = run(hub, offline, folder, HF_HUB_OFFLINE="1")
         assert dict(hub.log) == seen, "nothing is asked when offline"
-    return {**dict(zip(SCENARIOS, found, strict=True)), "offline": away[0], "never seen": away[1]}, seen
+    places = {name: folder / name for name in ("timm", "open_clip", "code")}
+    return {**dict(zip(SCENARIOS, found, strict=True)), "offline": away[0], "never seen": away[1]}, seen, places
 
 
 GOOD = ("plain", "scheme", "ours", "token", "in trouble", "cut", "slow", "offline")
@@ -109,13 +131,45 @@ def test_the_config_names_the_repository_and_the_commit_but_no_folder(world):
     ("no weights", "has no safetensors weights, only pytorch_model.bin"),
     ("no config", "is no saved model"),
     ("never seen", "is not in the local cache"),
+    ("timm without a token", "if it is private, give token="),
+    ("open_clip of no such revision", "has no revision 'v9'"),
+    ("open_clip of another layout", "it is not in the layout of open_clip"),
+    ("timm of pickles", "has no safetensors weights, only pytorch_model.bin"),
+    ("code", "mmrep.load(…, trust_remote_code=True)"),
+    ("code of another repository", "its code is in another repository (other/place--configuration_custom.CustomConfig"),
 ])  # fmt: skip
 def test_what_fails_says_what_to_do(world, name, message):
     assert message in world[0][name].get("error", "nothing failed")
 
 
 def test_faults_were_really_met(world):
-    found, seen = world
+    found, seen, _ = world
     assert seen["GET", "model.safetensors", 500] == 1 + 3  # one and success; three attempts and none
     assert not any(name.endswith(".bin") for _, name, _ in seen), "pickles are not downloaded"
     assert found["slow"]["seconds"] > 0.3
+
+
+@pytest.mark.parametrize(("name", "folder"), [
+    ("timm", "timm"), ("timm by its scheme", "timm_open"), ("open_clip", "open_clip"),
+    ("open_clip by its scheme", "open_clip"), ("open_clip without options", "open_clip_open"),
+])  # fmt: skip
+def test_repositories_of_other_layouts_come_by_our_own_download(world, name, folder):
+    found = world[0][name]
+    assert "error" not in found, found
+    wanted = mmrep.load(world[2][folder.removesuffix("_open")]).encode([picture()], "image")
+    np.testing.assert_allclose(found["vectors"], wanted, atol=1e-5)
+    np.testing.assert_allclose(found["again"], wanted, atol=1e-5)
+    for tower in found["config"]["towers"].values():
+        assert tower["encoder"]["model"] == f"hf-hub:org/{folder}@{COMMIT}"
+    if folder.endswith("_open"):
+        np.testing.assert_allclose(found["afresh"], wanted, atol=1e-5)
+
+
+def test_code_of_a_repository_is_run_when_asked_for_and_its_commit_is_recorded(world):
+    found = world[0]["code asked for"]
+    assert "error" not in found, found
+    wanted = mmrep.load(world[2]["code"], trust_remote_code=True).encode(TEXTS)
+    np.testing.assert_allclose(found["vectors"], wanted, atol=1e-6)
+    np.testing.assert_allclose(found["again"], wanted, atol=1e-6)
+    encoder = found["config"]["towers"]["text"]["encoder"]
+    assert (encoder["path"], encoder["revision"], encoder["trust_remote_code"]) == ("org/code", COMMIT, True)

@@ -85,8 +85,8 @@ ELSEWHERE = {
 """By how model types begin that no version of transformers knows, what to do about them."""
 
 _POOLS = {
-    "vit": "cls", "beit": "mean", "deit": "cls", "vit_mae": "cls", "dinov3_convnext": "native",
-    "timesformer": "cls", "vivit": "cls", "audio-spectrogram-transformer": "native",
+    "vit": "cls", "beit": "mean", "deit": "cls", "vit_mae": "cls", "data2vec-vision": "mean",
+    "dinov3_convnext": "native", "timesformer": "cls", "vivit": "cls", "audio-spectrogram-transformer": "native",
 }  # fmt: skip
 """Of single models, where it is not the default of the modality."""
 _DEFAULTS = {"image": "native", "text": "mean", "audio": "mean", "video": "mean", "time_series": "mean"}

@@ -14,6 +14,7 @@ from mmrep.hub.bridges._families import ELSEWHERE, JOINT, Joint, Part, single
 from mmrep.hub.bridges.bridge import Bridge, Values, tower, width
 from mmrep.hub.fetch import PICKLES, Fetched, ModelFolderError, fetch
 from mmrep.hub.pretrained import locate
+from mmrep.hub.remote_code import permitted, refusal
 from mmrep.model import Model
 from mmrep.registry import near
 
@@ -36,35 +37,39 @@ class HuggingFace(Bridge):
         self.packaged = name.startswith("package:")
         path = Path(_located(name) if self.packaged else name).expanduser()
         self.local = path.is_dir()
-        self.fetched = Fetched(path) if self.local else fetch(name, **hub)
+        self.fetched = Fetched(path) if self.local else fetch(name, code=permitted(), **hub)
         self.folder = self.fetched.folder
         self.modules = _sentences.modules(self.folder)
         inner = self.folder if self.modules is None else self.folder / self.modules.path
         self.inner = inner
-        self.kind = _kind(name, inner)
+        self.kind, self.code = _kind(name, inner)
         if not any(inner.glob("*.safetensors")):
             raise ModelFolderError(_no_weights(name, inner, self.fetched.pickles))
 
     def config(self) -> dict[str, Any]:
         """See `Bridge.config`."""
-        return self._config({"path": str(self.inner)})
+        return self._config({"path": str(self.inner), **self._code})
 
     def named(self) -> dict[str, Any]:
         """See `Bridge.named`."""
         if self.packaged:
-            return self._config({"path": self.name})
+            return self._config({"path": self.name, **self._code})
         if self.local:
             return self.config()
         inside = "" if self.modules is None or not self.modules.path else f"/{self.modules.path}"
         if inside:  # an encoder reads the root of a repository alone
             return self.config()
-        return self._config({"path": self.name, "revision": self.fetched.commit})
+        return self._config({"path": self.name, "revision": self.fetched.commit, **self._code})
+
+    @property
+    def _code(self) -> dict[str, Any]:
+        return {"trust_remote_code": True} if self.code else {}
 
     def _config(self, where: dict[str, Any]) -> dict[str, Any]:
         joint = JOINT.get(self.kind)
         if joint is not None and self.modules is None:
             return self._joint(joint, where)
-        found = single(self.kind)
+        found = single(self.kind) or (("text", Part("hf-text", "mean")) if self.code else None)
         if found is None:
             raise ModelFolderError(
                 f"{self.name!r} is a {self.kind!r} model, which no encoder here reads{near(self.kind, JOINT)} "
@@ -128,7 +133,8 @@ def _located(name: str) -> str:
         raise ModelFolderError(str(error)) from error
 
 
-def _kind(name: str, folder: Path) -> str:
+def _kind(name: str, folder: Path) -> tuple[str, bool]:
+    """The model type, and whether its own code is run: it was allowed, and it is a model of text."""
     path = folder / "config.json"
     if not path.is_file():
         raise ModelFolderError(f"{name!r} has no config.json: it is not a model of transformers")
@@ -136,14 +142,20 @@ def _kind(name: str, folder: Path) -> str:
     kind = str(document.get("model_type", ""))
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    if kind not in CONFIG_MAPPING_NAMES:
-        remote = document.get("auto_map")
-        if remote:
+    remote, known = document.get("auto_map"), kind in CONFIG_MAPPING_NAMES
+    if remote and permitted():
+        found = single(kind)
+        text = any((folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json"))
+        if (found is None and text and kind not in JOINT) or (found is not None and found[0] == "text"):
+            return kind, True
+        if not known:
             raise ModelFolderError(
-                f"{name!r} is a {kind!r} model whose code is in its own repository ({', '.join(remote)}), and "
-                "mmrep never runs code of a repository. Where you trust it: load it with transformers and "
-                "its trust_remote_code inside an encoder of your own (see CONTRIBUTING.md, a new encoder)"
+                f"{name!r} is a {kind!r} model with code of its own, and no tokenizer: such code is run for models of "
+                "text alone. Load it with transformers inside an encoder of your own (see CONTRIBUTING.md)"
             )
+    if not known:
+        if remote:
+            raise ModelFolderError(refusal(name, ", ".join(remote)))
         for start, hint in ELSEWHERE.items():
             if kind.startswith(start):
                 raise ModelFolderError(f"{name!r} is a {kind!r} model: {hint}")
@@ -151,7 +163,7 @@ def _kind(name: str, folder: Path) -> str:
             f"{name!r}: its config.json has model_type {kind!r}, which the installed transformers does not know"
             f"{near(kind, CONFIG_MAPPING_NAMES)}"
         )
-    return kind
+    return kind, False
 
 
 def _no_weights(name: str, folder: Path, pickles: tuple[str, ...]) -> str:

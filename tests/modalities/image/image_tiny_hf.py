@@ -16,6 +16,10 @@ STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1]}
 ALIGN = {"hidden_dim": 32, "image_size": 40, "depthwise_padding": [], "in_channels": [32, 8], "out_channels": [8, 16],
          "kernel_sizes": [3, 5], "strides": [1, 2], "num_block_repeats": [1, 1], "expand_ratios": [1, 2],
          "width_coefficient": 1.0, "depth_coefficient": 1.0}  # fmt: skip
+HIERA = {"embed_dim": 8, "image_size": [32, 32], "patch_size": [3, 3], "patch_stride": [2, 2], "patch_padding": [1, 1],
+         "depths": [1, 1, 1], "num_heads": [1, 2, 4], "num_query_pool": 2, "masked_unit_size": [4, 4],
+         "masked_unit_attention": [True, True, False]}  # fmt: skip
+WIDE = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
 SQUARE = {"size": {"height": 16, "width": 16}}
 CROP = {"size": {"shortest_edge": 20}, "crop_size": {"height": 16, "width": 16}}
 
@@ -79,6 +83,29 @@ def make(kind: str) -> tuple[Any, Any]:
                                        use_mean_pooling=False)),
             hf.BeitImageProcessor(**SQUARE),
         ),
+        "data2vec": lambda: (
+            hf.Data2VecVisionModel(hf.Data2VecVisionConfig(
+                **VIT, use_relative_position_bias=True, use_shared_relative_position_bias=True, use_mask_token=True,
+                use_mean_pooling=False,
+            )),
+            hf.BeitImageProcessor(**SQUARE),
+        ),
+        "data2vec-absolute": lambda: (
+            hf.Data2VecVisionModel(hf.Data2VecVisionConfig(**VIT, use_absolute_position_embeddings=True)),
+            hf.BeitImageProcessor(**SQUARE),
+        ),
+        "mae": lambda: (hf.ViTMAEModel(hf.ViTMAEConfig(**VIT)), hf.ViTImageProcessor(**SQUARE)),
+        "mae-pretraining": lambda: (
+            hf.ViTMAEForPreTraining(hf.ViTMAEConfig(**VIT, decoder_hidden_size=8, decoder_num_hidden_layers=1,
+                                                    decoder_num_attention_heads=1, decoder_intermediate_size=8)),
+            hf.ViTImageProcessor(**SQUARE),
+        ),
+        "hiera": lambda: (hf.HieraModel(hf.HieraConfig(**HIERA)), hf.BitImageProcessor(**WIDE)),
+        "hiera-pretraining": lambda: (
+            hf.HieraForPreTraining(hf.HieraConfig(**HIERA, decoder_hidden_size=8, decoder_depth=1,
+                                                  decoder_num_heads=1)),
+            hf.BitImageProcessor(**WIDE),
+        ),
         "swin": lambda: (hf.SwinModel(hf.SwinConfig(**SWIN)), hf.ViTImageProcessor(**SQUARE)),
         "swin-absolute": lambda: (
             hf.SwinModel(hf.SwinConfig(**SWIN, use_absolute_embeddings=True)), hf.ViTImageProcessor(**SQUARE)
@@ -126,8 +153,8 @@ def make(kind: str) -> tuple[Any, Any]:
 
 VITS = ("vit", "vit-classifier", "deit", "dinov2", "dinov2-swiglu", "dinov2-registers", "dinov3", "clip",
         "clip-vision", "clip-projected", "metaclip2", "altclip", "chinese-clip", "siglip", "siglip2", "beit",
-        "beit-absolute", "vit-msn", "ijepa")  # fmt: skip
-UNPOOLED = ("vit-classifier", "vit-msn", "ijepa")
+        "beit-absolute", "vit-msn", "ijepa", "data2vec", "data2vec-absolute")  # fmt: skip
+UNPOOLED = ("vit-classifier", "vit-msn", "ijepa", "data2vec", "data2vec-absolute")
 MAPS = ("swin", "swin-absolute", "swinv2", "convnext", "convnextv2", "dinov3-convnext", "resnet", "mobilenetv2",
         "align", "regnet", "bit", "efficientnet")  # fmt: skip
 KINDS = (*VITS, *MAPS)

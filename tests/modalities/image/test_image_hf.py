@@ -215,7 +215,12 @@ def on_kept(kind: str, model: Any, processor: Any, at: torch.Tensor, raws: list[
         norm = vision.pooler.layernorm
         pooled = pooled if norm is None else norm(out[:, at[1:]].mean(1))  # the library's counts what is hidden
         return out[:, at], pooled, tuple(layer[:, at] for layer in hidden)
-    handles = [vision.embeddings.register_forward_hook(lambda module, args, out: out[:, at])]
+    handles = [vision.embeddings.register_forward_hook(
+        lambda module, args, out: (out[0][:, at], *out[1:]) if isinstance(out, tuple) else out[:, at]
+    )]  # fmt: skip
+    if kind.startswith("data2vec"):
+        biases = [module for name, module in vision.named_modules() if name.endswith("relative_position_bias")]
+        handles += [bias.register_forward_hook(lambda module, args, out: out[:, :, at][..., at]) for bias in biases]
     if kind == "dinov3":
         handles.append(vision.rope_embeddings.register_forward_hook(
             lambda module, args, out: tuple(part[at[3:] - 3] for part in out)
@@ -265,12 +270,12 @@ def test_samples_of_different_numbers_of_kept_tokens_do_not_meet(kind: str, made
 
 
 @pytest.mark.parametrize("kind", ["vit", "deit", "dinov2", "dinov2-registers", "dinov3", "clip", "altclip", "siglip",
-                                  "beit", "beit-absolute"])  # fmt: skip
+                                  "beit", "beit-absolute", "data2vec", "data2vec-absolute"])  # fmt: skip
 def test_pictures_of_another_size_have_the_librarys_positions(kind: str, made: Folder):
     folder, model, _ = made(kind)
     encoder = build(folder)
     pixels = torch.rand(2, 3, 26, 20, generator=torch.Generator().manual_seed(0))
-    fitted = {} if kind.startswith(("dino", "beit")) else {"interpolate_pos_encoding": True}
+    fitted = {} if kind.startswith(("dino", "beit", "data2vec")) else {"interpolate_pos_encoding": True}
     want, pooled, _ = library(model, pixel_values=encoder.normalize(pixels), **fitted)
     with torch.no_grad():
         got = encoder({"pixels": pixels})
@@ -306,7 +311,7 @@ def test_values_without_positions_are_the_patches_alone(kind: str, made: Folder)
     tokens = encoder.tokenize(inputs_of(encoder, [Image.new("RGB", (16, 16), (9, 130, 200))]))
     bare = (tokens.values - tokens.positions)[0][~tokens.grid.special[0]]
     torch.testing.assert_close(bare, bare[:1].expand_as(bare), atol=1e-6, rtol=1e-5)
-    if kind not in ("dinov3", "beit"):
+    if kind not in ("dinov3", "beit", "data2vec"):
         assert (tokens.positions[0].std(0) > 1e-3).all()
 
 

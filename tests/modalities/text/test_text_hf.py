@@ -260,8 +260,6 @@ def test_tokenize_then_encode_equals_the_librarys_path_by_ids(hf_folder: Folder,
         torch.testing.assert_close(by_tokens.layers[1][valid], hidden[1][valid], **CLOSE)
     # the stand-in for the embedding table must be gone afterwards
     torch.testing.assert_close(encoder(inputs).tokens.values, by_ids.tokens.values)
-    with pytest.raises(ValueError, match=r"does not support 'drop_tokens'.*text-transformer"):
-        encoder.encode(encoder.tokenize(inputs), keep=torch.tensor([[0]]))
 
 
 @pytest.mark.parametrize("kind", ["bert", "clip", "siglip"])

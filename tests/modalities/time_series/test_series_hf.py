@@ -200,5 +200,7 @@ def test_bad_series(folder: Any, raw: np.ndarray, cause: str):
 def test_other_models_are_refused_by_name(tmp_path: Path):
     config = hf.BertConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     hf.BertModel(config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"'bert' checkpoint is no time series encoder .* patchtst and patchtsmixer"):
+    with pytest.raises(
+        ValueError, match=r"'bert' checkpoint is no time series encoder .* patchtst, patchtsmixer, timesfm"
+    ):
         build(tmp_path)
