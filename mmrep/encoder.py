@@ -21,6 +21,8 @@ from mmrep.views import View
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from mmrep.config import Component
+
 logger = logging.getLogger(__name__)
 
 CAPABILITIES = frozenset({"tokens", "drop_tokens", "mask_token", "layers", "content", "attention"})
@@ -78,6 +80,17 @@ class Encoder(nn.Module):
             folder: where to write what was learned; it is then given to the constructor as ``files``. The default
                 learns nothing and writes nothing.
         """
+
+    @classmethod
+    def within(cls, config: Any) -> Component | None:
+        """The encoder that one of this class and config stands around, as its attribute ``inner``.
+
+        A run may `start` with a model that has the encoder within where this one now stands. The default has none.
+        """
+        return None
+
+    def settle(self) -> None:
+        """Begin anew from the weights of the encoder within, which were replaced after it was built."""
 
     def examples(self, n: int, seed: int) -> list[Any]:
         """Make ``n`` raw sample inputs, the same for the same ``seed`` on every machine."""

@@ -48,13 +48,16 @@ class Start:
         saved = parse(ModelConfig, saved_config(start), "start")
         self.bridge = bridge(model_folder(start))
         self.folder = None if self.bridge is not None else locate(model_folder(start))
+        self._wrapped: list[str] = []  # towers whose encoder now stands around the saved one
         problems = [] if saved.dim == config.dim else [f"model.dim: {config.dim}, but {start!r} has {saved.dim}"]
         for name, tower in saved.towers.items():
             new = config.towers.get(name)
             if new is None:
                 continue
+            if new.encoder.cls.within(new.encoder.config) == tower.encoder:
+                self._wrapped.append(name)
             for part in ("encoder", "pool", "projector"):
-                if getattr(tower, part) != getattr(new, part):
+                if getattr(tower, part) != getattr(new, part) and not (part == "encoder" and name in self._wrapped):
                     problems.append(
                         f"model.towers.{name}.{part}: differs from that of {start!r}, whose weights it begins with; "
                         "leave it out, or give the tower another name"
@@ -92,6 +95,11 @@ class Start:
             model.began = frozenset(key for key in expected if key.startswith(old))
             return
         weights, fresh = self._weights(), set[str]()
+        for name in self._wrapped:
+            prefix = f"towers.{name}.encoder."
+            weights = {f"{prefix}inner.{k.removeprefix(prefix)}" if k.startswith(prefix) else k: v
+                       for k, v in weights.items()}  # fmt: skip
+            fresh |= {k for k in expected if k.startswith(prefix) and not k.startswith(f"{prefix}inner.")}
         for name in self._other:
             tower, prefix = model.tower(name), f"towers.{name}.encoder."
             if tower.adapter is not None:
@@ -115,6 +123,8 @@ class Start:
             tower = model.tower(name)
             if tower.adapter is not None:
                 tower.adapter.settle(tower.encoder)
+        for name in self._wrapped:
+            model.tower(name).encoder.settle()
 
     def _weights(self) -> dict[str, Tensor]:
         """The saved values, with adapters that end here added to the weights that they belong to."""

@@ -8,7 +8,7 @@ In a recipe::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,19 +16,20 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mmrep.config import Component, Of, config
-from mmrep.encoder import BadSampleError, Encoder
-from mmrep.modalities.text._base import TextEncoder, grid
+from mmrep.encoder import BadSampleError
+from mmrep.modalities.text._base import grid
 from mmrep.modalities.text._examples import examples
 from mmrep.modalities.text._prompts import shared_start
+from mmrep.modalities.text._wrapped import WrappedText
 from mmrep.tokens import Encoding, Grid, Inputs, Tokens
 from mmrep.views import View
 
 
-class ChunkedText(Encoder):
+class ChunkedText(WrappedText):
     """A text encoder that loses nothing of a text past its ``max_length``.
 
     What does not fit is cut into windows that overlap, each between special tokens of its own and behind the prompt, if
@@ -53,53 +54,14 @@ class ChunkedText(Encoder):
         overlap: Annotated[int, Field(ge=0)] = 16
         max_windows: Annotated[int, Field(ge=1)] | None = 64
 
-    modality = "text"
-    # What its windows can do; an instance narrows it to what its encoder can.
-    supports = frozenset({"tokens", "layers"})
-
     def __init__(self, config: Config, files: Path | None = None) -> None:
-        super().__init__(config, files)
-        inner = config.encoder.build(files=files)
-        if not isinstance(inner, TextEncoder):
-            raise ValueError(f"encoder: {config.encoder.type!r} is no text encoder that can be read in windows")
-        if config.overlap >= inner.room:
-            raise ValueError(f"overlap={config.overlap}: a window has {inner.room} tokens of text; choose fewer")
-        self.inner = inner
-        self.width, self.pooled_width, self.depth = inner.width, inner.pooled_width, inner.depth
-        self.supports = inner.supports & {"tokens", "layers"}
-
-    @classmethod
-    def fit(cls, config: Config, samples: Iterable[Any], folder: Path) -> None:
-        """Let the inner encoder learn what it needs."""
-        config.encoder.cls.fit(config.encoder.config, samples, folder)
-
-    def save_files(self, folder: Path) -> None:
-        """Write the inner encoder's files."""
-        self.inner.save_files(folder)
-
-    def no_weight_decay(self) -> set[str]:
-        """The inner encoder's."""
-        return {f"inner.{name}" for name in self.inner.no_weight_decay()}
-
-    def layer_modules(self) -> list[nn.Module]:
-        """The inner encoder's."""
-        return self.inner.layer_modules()
-
-    def preview(self, raw: Any) -> str:
-        """As the inner encoder."""
-        return self.inner.preview(raw)
-
-    def prompted(self, raw: Any, name: str | Sequence[str] | None, prompt: str | None) -> Any:
-        """As the inner encoder."""
-        return self.inner.prompted(raw, name, prompt)
+        super().__init__(config, files, purpose="that can be read in windows")
+        if config.overlap >= self.inner.room:
+            raise ValueError(f"overlap={config.overlap}: a window has {self.inner.room} tokens of text; choose fewer")
 
     def examples(self, n: int, seed: int) -> list[str]:
         """As of all text encoders; the third is several windows long."""
         return examples(n, seed, 2 * self.inner.room)
-
-    def oddities(self, seed: int) -> dict[str, Any]:
-        """The inner encoder's."""
-        return self.inner.oddities(seed)
 
     def prepare(self, raw: Any, *, view: View | None = None, seed: int = 0) -> Inputs:
         """A text to its windows, one after the other: the inner items' tensors [T], and ``lengths`` int64 [W].
@@ -136,10 +98,6 @@ class ChunkedText(Encoder):
                 window["prompt"] = (places < start) & (places >= start - len(prompt))
             windows.append(window)
         return windows
-
-    def length(self, item: Inputs) -> int:
-        """The number of tokens of all windows."""
-        return len(item["ids"])
 
     def collate(self, items: Sequence[Inputs]) -> Inputs:
         """Pad to the most windows, and each as the inner encoder does: see the class."""

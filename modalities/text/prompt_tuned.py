@@ -11,7 +11,7 @@ In a recipe::
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,13 +21,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mmrep.config import Component, Of, config
-from mmrep.encoder import Encoder
-from mmrep.modalities.text._base import TextEncoder
+from mmrep.modalities.text._wrapped import WrappedText
 from mmrep.tokens import Encoding, Inputs, Tokens
 from mmrep.views import View
 
 
-class PromptTunedText(Encoder):
+class PromptTunedText(WrappedText):
     """A text encoder that reads learned vectors among its tokens; what is learned is saved with the model.
 
     The context (CoOp, Zhou et al. 2022, arXiv:2109.01134) stands behind the begin token of every text. A word of
@@ -49,22 +48,15 @@ class PromptTunedText(Encoder):
         context: str | Annotated[int, Field(ge=0)] = 16
         words: tuple[str, ...] = ()
 
-    modality = "text"
-    supports = frozenset({"tokens", "layers"})
-
     def __init__(self, config: Config, files: Path | None = None) -> None:
-        super().__init__(config, files)
-        inner = config.encoder.build(files=files)
-        table = inner.vectors() if isinstance(inner, TextEncoder) else None
-        if not isinstance(inner, TextEncoder) or table is None:
+        super().__init__(config, files, purpose="that reads a context")
+        inner, table = self.inner, self.inner.vectors()
+        if table is None:
             raise ValueError(
                 f"encoder: {config.encoder.type!r} has no table of token vectors that others can stand among"
             )
         if getattr(inner, "full_length", False):
             raise ValueError(f"encoder: {config.encoder.type!r} reads its padding, which leaves no room for a context")
-        self.inner = inner
-        self.width, self.pooled_width, self.depth = inner.width, inner.pooled_width, inner.depth
-        self.supports = inner.supports & {"tokens", "layers"}
         self.vocabulary = table.num_embeddings
         start = inner.pieces(config.context) if isinstance(config.context, str) else [-1] * config.context
         if len(start) >= inner.room:
@@ -75,46 +67,22 @@ class PromptTunedText(Encoder):
         self.length_of_context = len(start)
         self.context_width = table.embedding_dim if start else 0
         self._names = sorted(_numbered(names, self.vocabulary + len(start)), key=lambda pair: -len(pair[0]))
-        began = [*start, *(piece for ids in names for piece in ids)]
-        values = 0.02 * torch.randn(len(began), table.embedding_dim)
-        with torch.no_grad():
-            for row, piece in enumerate(began):
-                if piece >= 0:
-                    values[row] = table.weight[piece]
-        self.learned = nn.Parameter(values)
+        self._pieces = [*start, *(piece for ids in names for piece in ids)]
+        self.learned = nn.Parameter(0.02 * torch.randn(len(self._pieces), table.embedding_dim))
+        self.settle()
 
-    @classmethod
-    def fit(cls, config: Config, samples: Iterable[Any], folder: Path) -> None:
-        """Let the inner encoder learn what it needs."""
-        config.encoder.cls.fit(config.encoder.config, samples, folder)
-
-    def save_files(self, folder: Path) -> None:
-        """Write the inner encoder's files."""
-        self.inner.save_files(folder)
+    @torch.no_grad()
+    def settle(self) -> None:
+        """What begins as a text is the text again, in the vectors that the encoder within has now."""
+        table = self.inner.vectors()
+        assert table is not None, "it was refused"
+        for row, piece in enumerate(self._pieces):
+            if piece >= 0:
+                self.learned[row] = table.weight[piece]
 
     def no_weight_decay(self) -> set[str]:
-        """The learned vectors, and the inner encoder's."""
-        return {"learned", *(f"inner.{name}" for name in self.inner.no_weight_decay())}
-
-    def layer_modules(self) -> list[nn.Module]:
-        """The inner encoder's."""
-        return self.inner.layer_modules()
-
-    def preview(self, raw: Any) -> str:
-        """As the inner encoder."""
-        return self.inner.preview(raw)
-
-    def prompted(self, raw: Any, name: str | Sequence[str] | None, prompt: str | None) -> Any:
-        """As the inner encoder."""
-        return self.inner.prompted(raw, name, prompt)
-
-    def examples(self, n: int, seed: int) -> list[str]:
-        """The inner encoder's."""
-        return self.inner.examples(n, seed)
-
-    def oddities(self, seed: int) -> dict[str, Any]:
-        """The inner encoder's."""
-        return self.inner.oddities(seed)
+        """The learned vectors, and those of the encoder within."""
+        return {"learned", *super().no_weight_decay()}
 
     def prepare(self, raw: Any, *, view: View | None = None, seed: int = 0) -> Inputs:
         """As the inner encoder; ids from its vocabulary's size on are places of learned vectors."""
@@ -133,14 +101,6 @@ class PromptTunedText(Encoder):
     def untuned(self, raw: Any) -> Inputs:
         """A text as the inner encoder alone reads it, without context and learned words: prepared, for `collate`."""
         return self.inner.prepare(raw)
-
-    def collate(self, items: Sequence[Inputs]) -> Inputs:
-        """As the inner encoder."""
-        return self.inner.collate(items)
-
-    def length(self, item: Inputs) -> int:
-        """The number of tokens."""
-        return len(item["ids"])
 
     def tokenize(self, inputs: Inputs) -> Tokens:
         """As the inner encoder, with learned vectors where ids are places of them.
