@@ -82,7 +82,7 @@ class Encoder(nn.Module):
         """
 
     @classmethod
-    def within(cls, config: Any) -> Component | None:
+    def wrapped(cls, config: Any) -> Component | None:
         """The encoder that one of this class and config stands around, as its attribute ``inner``.
 
         A run may `start` with a model that has the encoder within where this one now stands. The default has none.

@@ -54,7 +54,7 @@ class Start:
             new = config.towers.get(name)
             if new is None:
                 continue
-            if new.encoder.cls.within(new.encoder.config) == tower.encoder:
+            if new.encoder.cls.wrapped(new.encoder.config) == tower.encoder:
                 self._wrapped.append(name)
             for part in ("encoder", "pool", "projector"):
                 if getattr(tower, part) != getattr(new, part) and not (part == "encoder" and name in self._wrapped):

@@ -128,22 +128,19 @@ class Classify(Objective):
         classes = self.classes()
         total = classes.sum() * 0 + idle(self)
         parts: dict[str, Tensor] = {}
-        items = classes.new_zeros(0, classes.shape[1])
-        if step.has(config.field):
-            counted = here[step.present(config.field)]
-            items = F.normalize(step.embedding(config.field)[step.present(config.field)], dim=1)[counted]
+        # Asked for on every process, present or not; features of a frozen tower are no inputs of the step.
+        items = F.normalize(step.embedding(config.field)[here], dim=1)
         followed = steadiest(items, self.before, config.outliers, step.world) if config.outliers else None
-        if step.has(config.field):
-            scale = step.model.temperature(config.temperature).scale
-            logits, wanted = scale * items @ classes.T, labels[here]
-            losses = F.cross_entropy(logits, wanted, reduction="none")
-            parts["accuracy"] = (logits.argmax(1) == wanted).float().mean() if len(wanted) else logits.new_zeros(())
-            if config.same:
-                old = (scale * items @ _mean(self.before, followed).T).detach().log_softmax(1)
-                moved = F.kl_div(logits.log_softmax(1), old, reduction="none", log_target=True).sum(1)
-                parts["same"] = moved.detach().mean() if len(moved) else moved.new_zeros(())
-                losses = losses + config.same * moved
-            total = total + losses.sum() * (step.world.size / n.clamp_min(1))
+        scale = step.model.temperature(config.temperature).scale
+        logits, wanted = scale * items @ classes.T, labels[here]
+        losses = F.cross_entropy(logits, wanted, reduction="none")
+        parts["accuracy"] = (logits.argmax(1) == wanted).float().sum() / max(len(wanted), 1)
+        if config.same:
+            old = (scale * items @ _mean(self.before, followed).T).detach().log_softmax(1)
+            moved = F.kl_div(logits.log_softmax(1), old, reduction="none", log_target=True).sum(1)
+            parts["same"] = moved.detach().sum() / max(len(moved), 1)
+            losses = losses + config.same * moved
+        total = total + losses.sum() * (step.world.size / n.clamp_min(1))
         if config.near:
             away = (classes - _mean(self.before)).square().sum(1).mean()
             parts["near"] = away.detach()

@@ -42,7 +42,7 @@ class WrappedText(Encoder):
         self.supports = inner.supports & {"tokens", "layers"}
 
     @classmethod
-    def within(cls, config: Any) -> Component:
+    def wrapped(cls, config: Any) -> Component:
         """See `Encoder.within`."""
         return config.encoder
 

@@ -146,6 +146,19 @@ def test_only_the_prompt_learns_and_it_learns():
     assert moved == {"towers.text.encoder.learned"}
 
 
+def test_features_of_a_frozen_tower_that_are_kept_count_like_pictures():
+    root = build().double()
+    given = batch(root)
+    kept = batch(root)
+    encoder = root.model.tower("image").encoder
+    kept.items["x"] = [{"pixels": p} for p in kept.inputs.pop("x")[0]["pixels"]]
+    kept.keys["x"] = [bytes([i]) for i in range(len(kept.items["x"]))]
+    assert not encoder.training
+    torch.testing.assert_close(root(kept)["classify/accuracy"], root(given)["classify/accuracy"])
+    torch.testing.assert_close(root(kept)["loss"], root(given)["loss"], rtol=1e-5, atol=1e-6)  # kept in fp32
+    assert root(kept)["loss"] > 0
+
+
 def test_a_rank_without_the_field_and_a_batch_without_labels():
     for given in (batch(build(), absent=range(6)), batch(build(), rows=[1])):
         root = build()
