@@ -55,6 +55,7 @@ def _unused(tower: Tower) -> dict[str, torch.nn.Parameter]:
         inputs = encoder.collate([encoder.prepare(raw) for raw in encoder.examples(2, 0)])
         encoding = tower.encoding({key: value.to(device) for key, value in inputs.items()})
         reached = encoding.tokens.values.float().sum() + tower.project(tower.pool(encoding)).sum()
+        reached = reached + sum(value.float().sum() for value in encoding.extra.values())
         gradients = torch.autograd.grad(reached, list(named.values()), allow_unused=True)
     finally:
         tower.train(was_training)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmrep.config import Component, ConfigError, Of, component, config
+from mmrep.encoder import Encoder
+from mmrep.finetune.adapter import Adapter
 from mmrep.fusions import Fusion
 from mmrep.registry import UnknownNameError, near
 from mmrep.temperature import Temperature, TemperatureConfig
@@ -90,9 +92,13 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         super().__init__()
         self.config = config
         towers: dict[str, Tower] = {}
+        others: list[tuple[Adapter, Encoder]] = []
         for name, tower in config.towers.items():
             try:
                 towers[name] = Tower(tower, config.dim, normalize=config.normalize, files=(files or {}).get(name))
+                if (adapter := towers[name].adapter) is not None:
+                    adapter.tie(towers[name].encoder, others)
+                    others.append((adapter, towers[name].encoder))
             except ConfigError:
                 raise
             except ValueError as error:

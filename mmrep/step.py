@@ -146,12 +146,13 @@ class Step:
         """Tokens after the encoder's layers, of the samples that have the field (rows where `present` is True)."""
         key = (field, view)
         if key not in self._encodings:
+            tower = self.tower(field)
             if field in self._attended:
-                self._encodings[key] = self.tower(field).encoder.attended(self.tokens(field, view))
+                self._encodings[key] = tower.finish(tower.encoder.attended(self.tokens(field, view)))
             elif key in self._tokens:
-                self._encodings[key] = self.tower(field).encoder.encode(self._tokens[key])
+                self._encodings[key] = tower.finish(tower.encoder.encode(self._tokens[key]))
             else:
-                self._encodings[key] = self.tower(field).encoding(self.inputs(field, view))
+                self._encodings[key] = tower.encoding(self.inputs(field, view))
         return self._encodings[key]
 
     def attention(self, field: str, view: int = 0) -> Tensor:

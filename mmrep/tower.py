@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated
@@ -60,6 +61,7 @@ class Tower(nn.Module):
         # Without an adapter; an encoder may keep parts of its own from training.
         self.trained_alone = {name for name, p in self.named_parameters() if p.requires_grad}
         if self.adapter is not None:
+            self.adapter.dim = dim
             self.adapter.apply(self.encoder)
         self.configure(config)
 
@@ -96,16 +98,33 @@ class Tower(nn.Module):
     def encoding(self, inputs: Inputs, keep: Tensor | None = None, layers: Sequence[int] = ()) -> Encoding:
         """The encoder's tokens."""
         if keep is None and not layers:
-            return self.encoder(inputs)
-        return self.encoder.encode(self.encoder.tokenize(inputs), keep, layers)
+            return self.finish(self.encoder(inputs))
+        return self.finish(self.encoder.encode(self.encoder.tokenize(inputs), keep, layers))
+
+    def finish(self, encoding: Encoding) -> Encoding:
+        """What the encoder has just returned, with what an adapter adds to it."""
+        return encoding if self.adapter is None else self.adapter.finish(self.encoder, encoding)
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        """Within, the tower is what it was before its adapter; see `Adapter.without`."""
+        return nullcontext() if self.adapter is None else self.adapter.without(self.encoder)
 
     def features(self, inputs: Inputs) -> Tensor:
-        """Pooled, not projected: [B, width]."""
-        return self.pool(self.encoding(inputs))
+        """Pooled, not projected: [B, width], and behind it what an adapter wants to be projected beside it."""
+        encoding = self.encoding(inputs)
+        pooled = self.pool(encoding)
+        return pooled if self.adapter is None else self.adapter.features(encoding, pooled)
+
+    def projected(self, features: Tensor) -> Tensor:
+        """[B, width] to [B, dim], of whatever length the projector gives."""
+        if self.adapter is None:
+            return self.projector(features)
+        width = self.pool.width
+        return self.adapter.embedding(self.projector(features[:, :width]), features[:, width:])
 
     def project(self, features: Tensor) -> Tensor:
         """[B, width] to float32 [B, dim], of unit length if the model normalises; a model of doubles stays one."""
-        out = self.projector(features)
+        out = self.projected(features)
         out = out if out.dtype == torch.float64 else out.float()
         return F.normalize(out, dim=-1) if self.normalize else out
 

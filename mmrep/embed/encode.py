@@ -144,7 +144,7 @@ def encode_items(
         rows = order[start : start + batch_size]
         inputs = tower.encoder.collate([items[i] for i in rows])
         features = tower.features({k: v.to(device) for k, v in inputs.items()})
-        projected = tower.projector(features).float()
+        projected = tower.projected(features).float()
         out[rows] = (F.normalize(projected, dim=-1) if normalize else projected).cpu()
     return out
 

@@ -21,6 +21,7 @@ from mmrep.evaluate.knn import knn_metrics
 from mmrep.evaluate.probe import linear_probe
 from mmrep.evaluate.retrieval import retrieval_metrics
 from mmrep.evaluate.zero_shot import TEMPLATES, class_embeddings, zero_shot_metrics
+from mmrep.finetune.representation import known_classes
 
 
 class Retrieval(Evaluation):
@@ -104,7 +105,8 @@ class ZeroShot(Evaluation):
         """data: held-out labelled source. field: what is classified. text: the field (or tower) that reads prompts.
 
         templates: prompts with ``{}`` for the class name. temperature: which of the model's temperatures turns
-        similarities into probabilities.
+        similarities into probabilities. known: the classes are those that a tower with representation tokens was
+        trained to tell, so that its two embeddings are blended; see `mmrep.finetune.representation.known_classes`.
         """
 
         data: str
@@ -112,6 +114,7 @@ class ZeroShot(Evaluation):
         text: str
         templates: tuple[str, ...] = TEMPLATES
         temperature: str = "default"
+        known: bool = False
 
     config: Config
 
@@ -124,8 +127,13 @@ class ZeroShot(Evaluation):
             lambda texts: np.asarray(bench.model.encode(texts, tower)), names, self.config.templates
         )
         temperature = bench.model.temperature(self.config.temperature)
+        items: Any = encoded.embeddings[self.config.field]
+        if self.config.known:
+            raw = [encoded.raw(i, self.config.field) for i in range(len(encoded))]
+            with known_classes(bench.model):
+                items = bench.model.encode(raw, bench.fields[self.config.field], show_progress_bar=False)
         figures = zero_shot_metrics(
-            encoded.embeddings[self.config.field], prompts, labels,
+            items, prompts, labels,
             scale=temperature.scale.item(),
             bias=None if temperature.bias is None else temperature.bias.item(),
         )  # fmt: skip

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from mmrep.encoder import Encoder
 from mmrep.layers import known
 from mmrep.registry import near
+from mmrep.tokens import Encoding
 
 if TYPE_CHECKING:
     from mmrep.model import Model
@@ -26,9 +29,13 @@ class Adapter:
 
     Args:
         config: its own.
+
+    Attributes:
+        dim: of the model's space; the tower says it before `apply`.
     """
 
     Config: ClassVar[type]
+    dim: int = 0
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -48,8 +55,34 @@ class Adapter:
     def settle(self, encoder: Encoder) -> None:
         """Begin anew from the encoder's own weights, which were replaced after `apply`. Default: nothing to do."""
 
+    def tie(self, encoder: Encoder, others: Sequence[tuple[Adapter, Encoder]]) -> None:
+        """Share weights with the adapters of the model's towers before this one. Default: none are shared."""
+
+    def without(self, encoder: Encoder) -> AbstractContextManager[None]:
+        """Within, the encoder computes what it did before the adapter was put in.
+
+        The default changes nothing, for adapters that begin as nothing and are asked at the beginning.
+        """
+        return nullcontext()
+
+    def finish(self, encoder: Encoder, encoding: Encoding) -> Encoding:
+        """What the encoder has just returned, with what the adapter adds to ``extra``. Default: nothing."""
+        return encoding
+
+    def features(self, encoding: Encoding, pooled: Tensor) -> Tensor:
+        """The pooled features [B, width], and behind them what `embedding` is to know. Default: nothing."""
+        return pooled
+
+    def embedding(self, first: Tensor, rest: Tensor) -> Tensor:
+        """Of the projected features [B, dim] and what `features` put behind them [B, n], the embedding [B, dim]."""
+        return first
+
     def merge(self, encoder: Encoder) -> None:
-        """Take the adapter out again; the encoder's own weights change so that it computes the same."""
+        """Take the adapter out again; the encoder's own weights change so that it computes the same.
+
+        Raises:
+            ValueError: it is none that weights could stand for.
+        """
         raise NotImplementedError
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Annotated, Literal, cast
 
 import torch
@@ -37,7 +37,8 @@ class Anchor(Objective):
     """The distance of embeddings from those of a frozen copy, summed over fields, each a mean over its samples.
 
     The copy is made when the objective is built. By then the weights of a recipe's ``start`` or of a pretrained encoder
-    are in the model. It is always in eval mode, has no gradient, and is in checkpoints, so that a resumed run is
+    are in the model; of a tower with tokens that change it from the beginning (`representation-tokens`) it is the
+    tower without them. It is always in eval mode, has no gradient, and is in checkpoints, so that a resumed run is
     anchored to the same model; the saved model does not have it. Give it samples of what should not be forgotten: a
     field of other data that no other objective reads is fine.
     """
@@ -73,7 +74,9 @@ class Anchor(Objective):
         for field in config.fields:
             present = step.present(field)
             now = step.embedding(field, config.view)[present]
-            then = step.embedding_by(cast(Tower, self.copies[self._of[field]]), field, config.view)[present]
+            copy = cast(Tower, self.copies[self._of[field]])
+            with copy.without_adapter():
+                then = step.embedding_by(copy, field, config.view)[present]
             if config.by == "similarity":
                 loss = relational(now, then, "similarity", temperature=config.temperature, world=step.world)
             else:
@@ -86,7 +89,7 @@ class Anchor(Objective):
 def _frozen_copy(tower: Tower) -> Tower:
     """A copy without gradient; what is frozen in the tower anyway is the same module in both."""
     shared = [] if not tower.config.frozen else [tower.encoder, tower.pool]
-    return copy.deepcopy(tower, {id(part): part for part in shared}).requires_grad_(False)
+    return deepcopy(tower, {id(part): part for part in shared}).requires_grad_(False)
 
 
 def _problems(config: AnchorConfig, model: Model, fields: dict[str, str]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mmrep.config import ConfigError, config
 from mmrep.evaluate.zero_shot import expand_templates
+from mmrep.finetune.representation import NAME, RepresentationTokens
 from mmrep.model import Model
 from mmrep.objectives.objective import Objective, ObjectiveConfig
 from mmrep.registry import near
@@ -56,6 +57,9 @@ class Classify(Objective):
     as KgCoOp and, with ``near_prompts`` and ``outliers``, BiomedCoOp (Koleilat et al. 2025, arXiv:2411.15232) do, whose
     averages run over classes and dimensions too: its weights are these times such counts. Samples without a label count
     for nothing.
+
+    Where the field's tower has a second embedding (`RepresentationTokens`), the cross-entropy is that of the first
+    times ``alpha`` of the adapter plus that of the second times ``1 - alpha`` (MMRL, arXiv:2503.08497, section 3.3).
     """
 
     Config = ClassifyConfig
@@ -112,7 +116,8 @@ class Classify(Objective):
             was_training = tower.training
             tower.eval()
             inputs = {key: value.to(self.before.device) for key, value in _inputs(tower, texts, read).items()}
-            self.before.copy_(F.normalize(tower(inputs), dim=1).unflatten(0, (len(config.classes), -1)))
+            with tower.without_adapter():
+                self.before.copy_(F.normalize(tower(inputs), dim=1).unflatten(0, (len(config.classes), -1)))
             tower.train(was_training)
 
     def forward(self, step: Step) -> dict[str, Tensor]:
@@ -128,13 +133,19 @@ class Classify(Objective):
         classes = self.classes()
         total = classes.sum() * 0 + idle(self)
         parts: dict[str, Tensor] = {}
+        second = self._second(step) if step.has(config.field) else None
         # Asked for on every process, present or not; features of a frozen tower are no inputs of the step.
         items = F.normalize(step.embedding(config.field)[here], dim=1)
         followed = steadiest(items, self.before, config.outliers, step.world) if config.outliers else None
         scale = step.model.temperature(config.temperature).scale
         logits, wanted = scale * items @ classes.T, labels[here]
         losses = F.cross_entropy(logits, wanted, reduction="none")
-        parts["accuracy"] = (logits.argmax(1) == wanted).float().sum() / max(len(wanted), 1)
+        parts["accuracy"] = _right(logits, wanted)
+        if second is not None:
+            alpha, others = second
+            more = scale * others[here[step.present(config.field)]].to(items.dtype) @ classes.T
+            losses = alpha * losses + (1 - alpha) * F.cross_entropy(more, wanted, reduction="none")
+            parts["accuracy_second"] = _right(more, wanted)
         if config.same:
             old = (scale * items @ _mean(self.before, followed).T).detach().log_softmax(1)
             moved = F.kl_div(logits.log_softmax(1), old, reduction="none", log_target=True).sum(1)
@@ -146,6 +157,14 @@ class Classify(Objective):
             parts["near"] = away.detach()
             total = total + config.near * away
         return {"loss": total, **{name: value.detach() for name, value in parts.items()}}
+
+    def _second(self, step: Step) -> tuple[float, Tensor] | None:
+        """The share of the first embedding, and the second, of length 1, of the samples that have the field."""
+        field = cast(ClassifyConfig, self.config).field
+        adapter = step.tower(field).adapter
+        if not isinstance(adapter, RepresentationTokens) or not adapter.config.read:
+            return None
+        return adapter.config.alpha, F.normalize(step.encoding(field).extra[NAME], dim=1)
 
     def classes(self) -> Tensor:
         """The classes' unit vectors now, [C, dim]."""
@@ -205,6 +224,11 @@ def _ensemble_problems(config: ClassifyConfig) -> list[str]:
                 f"near_prompts: every class needs as many texts, some have {min(counts)}, some {max(counts)}"
             )
     return problems
+
+
+def _right(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Of samples whose greatest logit is the wanted one; 0 of none."""
+    return (logits.argmax(1) == wanted).float().mean() if len(wanted) else logits.new_zeros(())
 
 
 def _mean(texts: Tensor, kept: Tensor | None = None) -> Tensor:

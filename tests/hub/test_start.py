@@ -11,6 +11,8 @@ import yaml
 
 import mmrep
 from mmrep.config import ConfigError, merge
+from mmrep.hub.start import Start
+from mmrep.model import Model
 from mmrep.recipe import read_recipe
 from mmrep.run import Run
 from tests.modalities.image import image_tiny_hf
@@ -167,3 +169,33 @@ def test_an_adapter_is_added_in_one_run_and_ends_in_the_next(trained, tmp_path):
     fresh = Run(read_recipe(ended)).untrained()
     assert fresh.state_dict().keys() == before.state_dict().keys()
     np.testing.assert_allclose(fresh.encode(SAMPLES["text"], "text"), model.encode(SAMPLES["text"], "text"), atol=2e-6)
+
+
+def test_a_run_begins_from_the_encoder_that_a_new_one_stands_around(trained, tmp_path):
+    """CoOp on a saved joint model: the encoder within to the bit, the context as its words are in the saved table."""
+    data = yaml.safe_load((trained / "first.yaml").read_text())
+    old = mmrep.load(trained / "first" / "model")
+    data |= {
+        "start": str(trained / "first"),
+        "objectives": [{"type": "contrastive", "pairs": [{"between": ["image", "caption"]}]}],
+    }  # fmt: skip
+    inner = data["model"]["towers"]["text"]["encoder"]
+    data["model"] = {"fusions": {}, "towers": {"text": {
+        "encoder": {"type": "prompt-tuned-text", "encoder": inner, "context": "a"},
+        "frozen": ["encoder.inner.*", "projector.*"],
+    }}}  # fmt: skip
+    path = trained / "third.yaml"
+    path.write_text(yaml.safe_dump(data))
+    theirs = old.tower("text")
+    wanted = theirs.encoder.embedding.weight[theirs.encoder.pieces("a")]
+    recipe = read_recipe(str(path))
+    start = Start(recipe.start, recipe.model)
+    fresh = Model(recipe.model, files=start.files())
+    start.fill(fresh)
+    assert torch.equal(fresh.tower("text").encoder.learned, wanted)
+    Run(recipe, tmp_path / "run").train()
+    mine = mmrep.load(tmp_path / "run" / "model").tower("text")
+    state = mine.encoder.inner.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in theirs.encoder.state_dict().items())
+    assert torch.equal(mine.projector.map.weight, theirs.projector.map.weight)
+    assert not torch.equal(mine.encoder.learned, wanted)
