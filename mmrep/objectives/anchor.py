@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from collections.abc import Iterator
+from copy import deepcopy
 from typing import Annotated, Literal, cast
 
 import torch

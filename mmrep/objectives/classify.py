@@ -146,7 +146,7 @@ class Classify(Objective):
             parts["accuracy"] = _right(logits, wanted)
             if second is not None:
                 alpha, others = second
-                more = scale * others[counted] @ classes.T
+                more = scale * others[counted].to(items.dtype) @ classes.T
                 losses = alpha * losses + (1 - alpha) * F.cross_entropy(more, wanted, reduction="none")
                 parts["accuracy_second"] = _right(more, wanted)
             if config.same:
@@ -167,7 +167,7 @@ class Classify(Objective):
         adapter = step.tower(field).adapter
         if not isinstance(adapter, RepresentationTokens) or not adapter.config.read:
             return None
-        return adapter.config.alpha, F.normalize(step.encoding(field).extra[NAME].to(self.before.dtype), dim=1)
+        return adapter.config.alpha, F.normalize(step.encoding(field).extra[NAME], dim=1)
 
     def classes(self) -> Tensor:
         """The classes' unit vectors now, [C, dim]."""

@@ -176,7 +176,8 @@ def test_a_run_begins_from_the_encoder_that_a_new_one_stands_around(trained, tmp
     data = yaml.safe_load((trained / "first.yaml").read_text())
     old = mmrep.load(trained / "first" / "model")
     data |= {
-        "start": str(trained / "first"), "objectives": [{"type": "contrastive", "pairs": [{"between": ["image", "caption"]}]}],
+        "start": str(trained / "first"),
+        "objectives": [{"type": "contrastive", "pairs": [{"between": ["image", "caption"]}]}],
     }  # fmt: skip
     inner = data["model"]["towers"]["text"]["encoder"]
     data["model"] = {"fusions": {}, "towers": {"text": {
