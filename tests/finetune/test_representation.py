@@ -23,6 +23,7 @@ from tests.modalities.image import image_tiny_hf
 from tests.modalities.text import tiny_hf
 
 VIT = {"type": "image-vit", "size": 8, "patch": 4, "width": 16, "depth": 3, "heads": 2}
+CNN = {"type": "image-cnn", "size": 8, "widths": [8], "depths": [1]}
 TEXT = {"type": "text-transformer", "tokenizer": "bytes", "width": 12, "depth": 3, "heads": 2, "max_length": 24}
 MMRL = {"type": "representation-tokens", "begin": 2, "count": 3, "width": 5}
 MORE = {**MMRL, "rank": 2, "keep": 0.9}
@@ -253,8 +254,7 @@ def test_it_learns():
 
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"adapter": {**MMRL, "begin": 9}}, "has 3 layers"),
-    ({"vit": {"type": "image-cnn", "size": 8, "widths": [8], "depths": [1]}, "pools": ("mean", "eos")},
-     "model.towers.image"),
+    ({"vit": CNN, "pools": ("mean", "eos")}, "model.towers.image"),
 ])  # fmt: skip
 def test_what_cannot_be_is_refused(wrong, message):
     with pytest.raises(ConfigError, match=message):
