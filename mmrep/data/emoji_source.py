@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from mmrep.config import ConfigError, config
-from mmrep.data.emoji import Artist, Concept, load_concepts, picture, split_families
+from mmrep.data.emoji import Artist, Concept, category, load_concepts, picture, split_families
 from mmrep.data.sample import Sample
 from mmrep.data.source import Source, SourceConfig
 from mmrep.registry import near
@@ -37,12 +37,14 @@ class EmojiConfig(SourceConfig):
 class EmojiSource(Source):
     """Drawings (PNG bytes) and their names; a view chooses among the names of a caption.
 
-    Columns: ``image``, ``caption`` (list of names), ``name`` (the English one), ``artist``, ``family``, ``concept``.
-    By default the drawings of one concept are positives of each other, and families are the classes.
+    Columns: ``image``, ``caption`` (list of names), ``name`` (the English one), ``artist``, ``family``, ``concept``,
+    ``category`` (one of the nine groups of the Unicode charts, "Food & Drink"; as the label it leaves out what the
+    charts do not know). By default the drawings of one concept are positives of each other, and families are the
+    classes.
     """
 
     Config = EmojiConfig
-    columns = ("image", "caption", "name", "artist", "family", "concept")
+    columns = ("image", "caption", "name", "artist", "family", "concept", "category")
 
     def __init__(self, config: EmojiConfig) -> None:
         super().__init__(config)
@@ -57,6 +59,8 @@ class EmojiSource(Source):
         if config.split != "all":
             parts = split_families(concepts, config.seed, validation=config.validation, test=config.test)
             concepts = parts[config.split]
+        if config.label == "category":
+            concepts = [concept for concept in concepts if category(concept) is not None]
         self._drawings: list[tuple[Concept, Artist]] = [(c, artist) for artist in config.artists for c in concepts]
         if not self._drawings:
             raise ConfigError([f"split: {config.split!r} holds no families; raise `{config.split}`"])
@@ -87,6 +91,7 @@ class EmojiSource(Source):
             "artist": artist,
             "family": concept.family,
             "concept": concept.id,
+            "category": (category(concept) or (None,))[0],
         }
 
     def fingerprint(self) -> str:
