@@ -18,9 +18,9 @@ By = Literal["tensor", "element"]
 def fuse_by_delta(base: Model, tuned: Sequence[Model], *, by: By = "tensor") -> Model:
     """``theta_0 + sum_i w_i (theta_i - theta_0)`` with ``w_i = |theta_i - theta_0| / sum_j |theta_j - theta_0|``.
 
-    The delta-guided fusion of CoDiEmb (Zhang et al. 2025, arXiv:2508.11442): the deviation of each parameter from where
-    it began weighs the checkpoints, tensor by tensor, instead of one weight for each model as in a soup. Where nothing
-    has moved, what was there stays.
+    After the delta-guided fusion of CoDiEmb (arXiv:2508.11442), of which the abstract alone was read: the formula is
+    ours. The deviation of each parameter from where it began weighs the checkpoints, tensor by tensor, instead of one
+    weight for each model as in a soup. Where nothing has moved, what was there stays.
 
     Args:
         base: theta_0, from which all the others were tuned.
