@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.docs.pages import run_page
 
 
+@pytest.mark.slow  # it trains twice, with several towers
 def test_every_block_runs(tmp_path):
     run_page("many", tmp_path)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 
 from mmrep.recipe import read_recipe
@@ -24,6 +25,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow  # three processes that import everything; test_kill_points and test_interrupts resume, too
 def test_the_command_line_resumes_bitwise(tmp_path):
     path = write_recipe(make_world(tmp_path, broken=2))
     straight, out = tmp_path / "straight", tmp_path / "run"
