@@ -113,6 +113,7 @@ def test_it_learns_in_a_tuple_with_holes(run, other):
     assert found["model"] > found["untrained"]
 
 
+@pytest.mark.slow
 def test_columns_of_a_table_are_predicted_in_the_teachers_space(place):
     assert "tabular: keeps the contract" in mmrep(place, "check", "tabular")
     (place[0] / "table.yaml").write_text(yaml.safe_dump(TABLE))

@@ -41,8 +41,13 @@ def largest(loss, n, dim=4, **options):
 
 
 @pytest.mark.parametrize(
-    ("loss", "options"), [(gram, {}), (triangle, {}), (triangle, {"squared": True}), (symile, {}), (centroid, {})]
-)
+    ("loss", "options"),
+    [
+        (gram, {}), (symile, {}), pytest.param(triangle, {}, marks=pytest.mark.slow),
+        pytest.param(triangle, {"squared": True}, marks=pytest.mark.slow),
+        pytest.param(centroid, {}, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_nothing_is_larger_than_the_batch_and_a_tile(loss, options):
     n, dim = 1200, 4
     assert largest(loss, n, dim, tile=(64, 128), **options) <= max(4 * n * dim, 64 * 128)

@@ -17,7 +17,8 @@ def weights(folder):
     return load_file(folder / "straight" / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize("engine", [pytest.param("DDP", marks=pytest.mark.slow), "FSDP2"])
+@pytest.mark.slow  # a minute on two busy cores
+@pytest.mark.parametrize("engine", ["DDP", "FSDP2"])
 def test_it_is_the_run_of_one_process(engine, tmp_path):
     alone, spread = tmp_path / "alone", tmp_path / "spread"
     environment = FSDP2 if engine == "FSDP2" else {}
