@@ -342,6 +342,7 @@ BROKEN = [
     ("mask_token", tokenized(lambda self, t: Shifting(t.values, t.grid, t.positions))),
     ("mask_token", tokenized(lambda self, t: Open(t.values, t.grid, t.positions))),
     ("mask_token", encoded(lambda self, out, keep: Encoding(Tokens(out.tokens.values.detach(), out.tokens.grid)))),
+    ("attention", of(attended=lambda self, tokens: self.encode(tokens))),
     ("config_round_trip", Picky),
     ("weights_round_trip", NeedsMore),
 ]
