@@ -14,6 +14,7 @@ from mmrep.config import ConfigError, config
 from mmrep.evaluate.zero_shot import expand_templates
 from mmrep.finetune.representation import NAME, RepresentationTokens
 from mmrep.model import Model
+from mmrep.objectives._labels import label_places
 from mmrep.objectives.objective import Objective, ObjectiveConfig
 from mmrep.registry import near
 from mmrep.step import Step, idle
@@ -99,7 +100,12 @@ class Classify(Objective):
 
     def count(self, step: Step) -> int:
         """See `Objective.count`: the samples that have the field and a label."""
-        return int((step.present(cast(ClassifyConfig, self.config).field) & (self._labels(step) >= 0)).sum())
+        return int(
+            (
+                step.present(cast(ClassifyConfig, self.config).field)
+                & (label_places(step, self.index, "classify") >= 0)
+            ).sum()
+        )
 
     @torch.no_grad()
     def fit(self, samples: Callable[[str], Iterable[Any]]) -> None:
@@ -127,7 +133,7 @@ class Classify(Objective):
             ValueError: a label is none of the classes.
         """
         config = cast(ClassifyConfig, self.config)
-        labels = self._labels(step)
+        labels = label_places(step, self.index, "classify")
         here = step.present(config.field) & (labels >= 0)
         n = step.world.sum(here.sum())
         classes = self.classes()
@@ -175,14 +181,6 @@ class Classify(Objective):
     @property
     def _tower(self) -> Tower:
         return self.__dict__["_tower"]
-
-    def _labels(self, step: Step) -> Tensor:
-        """The place of each sample's class, int64 [B]; -1 where it has no label."""
-        found = [-1 if label is None else self.index.get(str(label), -2) for label in step.labels]
-        if -2 in found:
-            label = str(step.labels[found.index(-2)])
-            raise ValueError(f"label {label!r} is none of objectives.classify.classes{near(label, self.index)}")
-        return torch.tensor(found, dtype=torch.long, device=step.model.device)
 
 
 @torch.no_grad()

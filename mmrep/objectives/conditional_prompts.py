@@ -13,6 +13,7 @@ from mmrep.config import ConfigError, config
 from mmrep.encoder import Encoder
 from mmrep.evaluate.zero_shot import expand_templates
 from mmrep.model import Model
+from mmrep.objectives._labels import label_places
 from mmrep.objectives.objective import Objective, ObjectiveConfig
 from mmrep.registry import near
 from mmrep.step import Step, idle
@@ -82,7 +83,12 @@ class ConditionalPrompts(Objective):
 
     def count(self, step: Step) -> int:
         """See `Objective.count`: the samples that have the field and a label."""
-        return int((step.present(cast(ConditionalPromptsConfig, self.config).field) & (self._labels(step) >= 0)).sum())
+        return int(
+            (
+                step.present(cast(ConditionalPromptsConfig, self.config).field)
+                & (label_places(step, self.index, "conditional-prompts") >= 0)
+            ).sum()
+        )
 
     def forward(self, step: Step) -> dict[str, Tensor]:
         """See `Objective.forward`; parts are ``accuracy`` and ``consistency``.
@@ -91,7 +97,7 @@ class ConditionalPrompts(Objective):
             ValueError: a label is none of the classes.
         """
         config = cast(ConditionalPromptsConfig, self.config)
-        labels, present = self._labels(step), step.present(config.field)
+        labels, present = label_places(step, self.index, "conditional-prompts"), step.present(config.field)
         here = present & (labels >= 0)
         n = step.world.sum(here.sum()).clamp_min(1)
         if not here.any():
@@ -137,16 +143,6 @@ class ConditionalPrompts(Objective):
     @property
     def _tower(self) -> Tower:
         return self.__dict__["_tower"]
-
-    def _labels(self, step: Step) -> Tensor:
-        """The place of each sample's class, int64 [B]; -1 where it has no label."""
-        found = [-1 if label is None else self.index.get(str(label), -2) for label in step.labels]
-        if -2 in found:
-            label = str(step.labels[found.index(-2)])
-            raise ValueError(
-                f"label {label!r} is none of objectives.conditional-prompts.classes{near(label, self.index)}"
-            )
-        return torch.tensor(found, dtype=torch.long, device=step.model.device)
 
 
 @torch.no_grad()

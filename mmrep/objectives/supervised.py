@@ -13,6 +13,7 @@ from mmrep.config import ConfigError, config
 from mmrep.data.sample import stable_hash
 from mmrep.losses.hard_pairs import mix_hard_pairs, supervised_contrast
 from mmrep.model import Model
+from mmrep.objectives._labels import label_places
 from mmrep.objectives.objective import Objective, ObjectiveConfig
 from mmrep.registry import near
 from mmrep.step import Step, idle
@@ -93,7 +94,7 @@ class Supervised(Objective):
         """
         config, world = cast(SupervisedConfig, self.config), step.world
         read = step.pooled if config.of == "pooled" else step.embedding
-        found, labels = read(config.field, config.view), self._labels(step)
+        found, labels = read(config.field, config.view), label_places(step, self.index, "supervised")
         here = step.present(config.field) & (labels >= 0)
         x, y = found[here], labels[here]
         with torch.autocast(x.device.type, enabled=False):
@@ -131,14 +132,6 @@ class Supervised(Objective):
     def _z(self, x: Tensor) -> Tensor:
         assert self.contrastor is not None
         return F.normalize(self.contrastor(x), dim=1)
-
-    def _labels(self, step: Step) -> Tensor:
-        """The place of each sample's class, int64 [B]; -1 where it has no label."""
-        found = [-1 if label is None else self.index.get(str(label), -2) for label in step.labels]
-        if -2 in found:
-            label = str(step.labels[found.index(-2)])
-            raise ValueError(f"label {label!r} is none of objectives.supervised.classes{near(label, self.index)}")
-        return torch.tensor(found, dtype=torch.long, device=step.model.device)
 
 
 def _beta(points: Tensor, alpha: float) -> Tensor:
