@@ -59,6 +59,9 @@ def train(
     _train(run, folder, resume, f"mmrep train {recipe} {' '.join(overrides or ())}".strip())
 
 
+app.command("finetune", help="The same as train, with a recipe that begins from a saved model (start: …).")(train)
+
+
 def _train(run: Run, folder: Path, resume: bool, command: str) -> None:
     from mmrep.training.engine import end_processes
 
@@ -110,11 +113,17 @@ def merge(
     by_delta: Annotated[
         bool, typer.Option("--by-delta", help="With --base: each tensor by how far each model has moved it.")
     ] = False,
+    learn: Annotated[
+        str | None, typer.Option(help="With --base: a recipe, on whose data its objectives find the scales.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="With --learn: batches to learn from; default 100.")] = None,
 ) -> None:
-    """Merge models in the space of their weights: interpolation, the mean of several, task vectors, or by deviation."""
+    """Merge models in the space of their weights: interpolation, the mean of several, or task vectors."""
     from mmrep.finetune._command import merge as merged
 
-    typer.echo(merged(models, out, alpha=alpha, base=base, scale=scale or (), by_delta=by_delta))
+    typer.echo(
+        merged(models, out, alpha=alpha, base=base, scale=scale or (), by_delta=by_delta, learn=learn, steps=steps)
+    )
 
 
 @app.command()
@@ -133,13 +142,16 @@ def sweep(
 
 @app.command()
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: Annotated[str, typer.Argument(help="Run folder; with --model, also a recipe.")],
     names: Annotated[list[str] | None, typer.Argument(help="Which evaluations; default all of the recipe's.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Another model, saved or of the hub; default the run's.")
+    ] = None,
 ) -> None:
-    """Evaluate a run's model again."""
-    from mmrep.run import open_run
+    """Evaluate a run's model again, or any model by the evaluations of a run or recipe."""
+    from mmrep.run import evaluate_other, open_run
 
-    _show(open_run(run).evaluate(names or None))
+    _show(open_run(run).evaluate(names or None) if model is None else evaluate_other(run, model, names or None))
 
 
 @app.command()

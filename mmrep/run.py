@@ -34,12 +34,13 @@ from mmrep.evaluate.encoded import EncodedSet, encode_source, encode_together
 from mmrep.evaluate.evaluation import Bench, Row
 from mmrep.guard import Guard
 from mmrep.hub.folder import load
-from mmrep.hub.start import Start
+from mmrep.hub.load import load as load_any
+from mmrep.hub.start import Start, model_folder
 from mmrep.model import Model
 from mmrep.monitor import Monitor
 from mmrep.objectives.root import Root
 from mmrep.recipe import SMOKE_SAMPLES, Recipe, read_recipe
-from mmrep.registry import near
+from mmrep.registry import UnknownNameError, near
 from mmrep.results import Results, results_markdown
 from mmrep.sizes import sizes
 from mmrep.training.collectives import world
@@ -198,7 +199,7 @@ class Run:
         model = self.untrained()
         root = self.root(model, memo=self._memo(self.folder, here.rank))
         root.fit(self.samples)
-        loader = self._loader(root, rank=here.rank, size=here.size)
+        loader = self.loader(root, rank=here.rank, size=here.size)
         # A small set is judged after its first pass, a large one after a thousand samples.
         enough = 1000 if self.train_source.streaming else min(1000, len(self.train_source) // here.size)
         quarantine = Quarantine(self.folder, limit=recipe.data.max_bad, minimum=enough, processes=here.size)
@@ -267,7 +268,8 @@ class Run:
         monitor = [Monitor(self, root)] if self.recipe.monitor else []
         return [*watch, *monitor, *([] if self.recipe.guard is None else [Guard(self.recipe.guard, self, root)])]
 
-    def _loader(self, root: Root, *, rank: int, size: int) -> BatchLoader:
+    def loader(self, root: Root, *, rank: int, size: int) -> BatchLoader:
+        """The training batches of process ``rank`` of ``size``, as the objectives of ``root`` read them."""
         recipe, data, model, raw, views = self.recipe, self.recipe.data, root.model, root.raw, root.views
         # A frozen tower sees the same deterministic reading in every epoch: its features are kept, not recomputed.
         # A view that only chooses among sample values (a caption of many) keeps that true: content is the key.
@@ -331,6 +333,29 @@ def open_run(folder: Path | str) -> Run:
             f"`mmrep train {folder} --out {folder} --resume` goes on to there"
         ])  # fmt: skip
     return run
+
+
+def evaluate_other(recipe: str, model: str, names: list[str] | None = None) -> Results:
+    """Evaluate a model that this recipe need not have trained, such as a merged one or a checkpoint of the hub.
+
+    Args:
+        recipe: a run folder, or a recipe by name or path; its data, fields and evaluations count.
+        model: whatever `mmrep.load` takes, or a run folder.
+        names: of evaluations; None = all.
+
+    Raises:
+        ConfigError: no such recipe or evaluation, or the model lacks a tower that a field is read by.
+    """
+    run, other = Run(read_recipe(recipe)), load_any(model_folder(model))
+    problems: list[str] = []
+    for field, tower in run.recipe.data.fields.items():
+        try:
+            other.tower(tower)
+        except UnknownNameError as error:
+            problems.append(f"data.fields.{field}: {error}")
+    if problems:
+        raise ConfigError(problems)
+    return run.evaluate(names, other)
 
 
 @contextmanager

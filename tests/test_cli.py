@@ -11,8 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
-from mmrep import cli
+from mmrep import cli, load
+from mmrep.recipe import read_recipe
+from mmrep.run import Run
 from tests.world import draw, make_world, write_recipe
 
 
@@ -55,6 +58,7 @@ def test_help_is_quick_and_names_every_command(mmrep):
     text = mmrep("--help")
     for command in (
         "train",
+        "finetune",
         "merge",
         "sweep",
         "encode",
@@ -110,6 +114,32 @@ def test_smoke_runs_a_recipe_quickly(mmrep, world, tmp_path, monkeypatch):
 def test_evaluate_again(mmrep, run_folder):
     assert "retrieval" in mmrep("evaluate", run_folder, "retrieval")
     assert "did you mean 'retrieval'" in mmrep("evaluate", run_folder, "retreival", code=2)
+
+
+def test_evaluate_another_model_by_a_recipe(mmrep, world, run_folder, tmp_path):
+    """As a merged model, or a checkpoint of the hub, which no run of this recipe has trained."""
+    own, by_recipe = (mmrep("evaluate", name, *rest) for name, rest in (
+        (run_folder, []), (world / "recipe.yaml", ["--model", run_folder]),
+    ))  # fmt: skip
+    assert by_recipe == own
+    untrained = Run(read_recipe(str(world / "recipe.yaml"))).untrained()
+    untrained.save_pretrained(tmp_path / "untrained")
+    assert mmrep("evaluate", run_folder, "--model", tmp_path / "untrained") != own
+    other = yaml.safe_load((world / "recipe.yaml").read_text())
+    other["model"]["towers"]["words"] = other["model"]["towers"].pop("text")
+    other["data"]["fields"]["caption"], other["evaluations"] = "words", {}
+    (world / "words.yaml").write_text(yaml.safe_dump(other))
+    said = mmrep("evaluate", world / "words.yaml", "--model", run_folder, code=2)
+    assert "data.fields.caption: this model has no tower or modality 'words'" in said
+
+
+def test_finetune_is_train(mmrep, world, run_folder, tmp_path):
+    changes = [f"start={run_folder}", "model.towers.text.frozen=tower", "train.steps=2"]
+    mmrep("finetune", world / "recipe.yaml", *changes, "--out", tmp_path / "tuned")
+    start, tuned = (load(folder / "model") for folder in (run_folder, tmp_path / "tuned"))
+    assert (start.encode("a red disc", "text") == tuned.encode("a red disc", "text")).all()
+    picture = str(world / "red-disc-0.png")
+    assert (start.encode(picture, "image") != tuned.encode(picture, "image")).any()
 
 
 def test_encode_writes_an_array(mmrep, run_folder, tmp_path):

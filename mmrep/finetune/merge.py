@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
 from mmrep.config import ConfigError, dump
 from mmrep.model import Model
@@ -103,75 +102,7 @@ def add_task_vectors(base: Model, tuned: Sequence[Model], coefficients: Sequence
     return _filled([base, *tuned], [1 - sum(coefficients), *coefficients])
 
 
-def learn_coefficients(
-    base: Model,
-    tuned: Sequence[Model],
-    loss: Callable[[Model], Tensor],
-    *,
-    steps: int = 100,
-    lr: float = 0.1,
-    momentum: float = 0.9,
-) -> list[float]:
-    """Coefficients for `add_task_vectors`, found by gradient descent on a small probe set.
-
-    As Self Positioning (Li et al. 2024, arXiv:2410.15035), which searches the space between task vectors by stochastic
-    gradient descent: ``lambda = s softmax(w)``, with the share ``w`` of each model and the length ``s`` learned; they
-    begin at equal shares and length 1. Only these few numbers are fitted, so that a small set will do.
-
-    Args:
-        base: as in `add_task_vectors`.
-        tuned: likewise.
-        loss: of one batch, drawn anew in each call if that is wanted; it may use `Model.tower` and call towers, but
-            not `Model.encode`, which has no gradient.
-        steps: of the descent.
-        lr: its learning rate.
-        momentum: likewise.
-
-    Returns:
-        One coefficient for each of ``tuned``.
-
-    Raises:
-        ConfigError: as `interpolate`.
-        ValueError: the loss does not depend on the weights, or is not finite.
-    """
-    _agree([base, *tuned])
-    device = base.device
-    states = [_floats(model, device) for model in (base, *tuned)]
-    origin = states[0]
-    moves = {name: torch.stack([state[name] - origin[name] for state in states[1:]]) for name in origin}
-    share = torch.zeros(len(tuned), device=device, requires_grad=True)
-    length = torch.ones((), device=device, requires_grad=True)
-    optimizer = torch.optim.SGD([share, length], lr=lr, momentum=momentum)
-    probe = _Probe(copy.deepcopy(base).eval().requires_grad_(False), loss)
-    for step in range(steps):
-        coefficients = length * share.softmax(0)
-        weights = {
-            f"model.{name}": origin[name] + torch.tensordot(coefficients.to(move.dtype), move, 1)
-            for name, move in moves.items()
-        }
-        value = functional_call(probe, weights, ())
-        if not value.requires_grad or not bool(value.isfinite()):
-            why = "is not finite" if value.requires_grad else "does not depend on the weights (Model.encode has none)"
-            raise ValueError(f"step {step}: the loss, {float(value):g}, {why}")
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-    return [float(c) for c in (length * share.softmax(0)).detach()]
-
-
-class _Probe(nn.Module):
-    """A loss of a model as a module, whose weights `functional_call` can replace."""
-
-    def __init__(self, model: Model, loss: Callable[[Model], Tensor]) -> None:
-        super().__init__()
-        self.model = model
-        self.loss = loss
-
-    def forward(self) -> Tensor:
-        return self.loss(self.model)
-
-
-def _floats(model: Model, device: torch.device) -> dict[str, Tensor]:
+def floats(model: Model, device: torch.device) -> dict[str, Tensor]:
     """Floating-point weights and buffers; tied ones by their first name."""
     seen: set[int] = set()
     out: dict[str, Tensor] = {}
@@ -184,7 +115,7 @@ def _floats(model: Model, device: torch.device) -> dict[str, Tensor]:
 
 def _filled(models: Sequence[Model], coefficients: Sequence[float]) -> Model:
     """A copy of the last model with the weighted sum of all in it, computed in fp64."""
-    _agree(models)
+    agree(models)
     merged = copy.deepcopy(models[-1]).eval()
     states = [model.state_dict() for model in models]
     terms = [(c, state) for c, state in zip(coefficients, states, strict=True) if c]
@@ -211,7 +142,7 @@ def _tell_statistics(merged: Model, terms: Sequence[tuple[float, Mapping[str, Te
         )
 
 
-def _agree(models: Sequence[Model]) -> None:
+def agree(models: Sequence[Model]) -> None:
     """Refuse models that are not of one architecture, or that read their inputs differently."""
     problems = [p for i, model in enumerate(models[1:], 1) for p in _differences(models[0], model, f"model {i}")]
     if problems:

@@ -11,7 +11,7 @@ from torch import nn
 
 import mmrep
 from mmrep.config import ConfigError, component
-from mmrep.finetune.merge import add_task_vectors, greedy_soup, interpolate, learn_coefficients, soup
+from mmrep.finetune.merge import add_task_vectors, greedy_soup, interpolate, soup
 from mmrep.model import Model, ModelConfig, TowerConfig
 from tests.toys import ToyEncoder  # registers it
 
@@ -86,26 +86,6 @@ def test_the_greedy_soup_takes_what_helps_and_leaves_what_hurts():
     found, kept = greedy_soup([bad, mirror, good], score)
     assert kept == [2, 1]  # the best first; the bad one is left out
     torch.testing.assert_close(vector(found), (vector(good) + vector(mirror)) / 2)
-
-
-def test_learned_coefficients_find_the_model_that_solves_the_probe():
-    base = model()
-    tuned = [moved(base, 1), moved(base, 2)]
-    goal = add_task_vectors(base, tuned, [0.9, 0.3])
-    encoder = base.tower("a").encoder
-    inputs = encoder.collate([encoder.prepare(raw) for raw in INPUTS])
-    with torch.no_grad():
-        wanted = goal.tower("a")(inputs)
-
-    def loss(m):
-        return (m.tower("a")(inputs) - wanted).pow(2).sum()
-
-    before = vector(base).clone()
-    found = learn_coefficients(base, tuned, loss, steps=300, lr=0.05)
-    assert found == pytest.approx([0.9, 0.3], abs=0.02)
-    assert torch.equal(vector(base), before)
-    with pytest.raises(ValueError, match="does not depend on the weights"):
-        learn_coefficients(base, tuned, lambda m: torch.as_tensor(m.encode(INPUTS, "a")).sum())
 
 
 def test_counters_have_no_mean_and_statistics_are_told(caplog):
