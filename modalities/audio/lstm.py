@@ -30,9 +30,10 @@ Size = Annotated[int, Field(ge=1)]
 class AudioLSTM(Checkpointed):
     """A clip is cut into overlapping windows, its tokens; each is read by itself, and its last state is what it says.
 
-    A token is that state of the last layer, through a linear map and a ReLU, of length 1 (Wan et al. 2018, section 2.1);
-    ``pooled`` is the mean of a clip's tokens, of length 1 again (section 3.2): the *d-vector* of who speaks. Layers are
-    the last states of each. Tokens carry no position, and their coordinate is the middle of a window, in seconds.
+    A token is that state of the last layer, through a linear map and a ReLU, of length 1 (Wan et al. 2018, section 2;
+    the ReLU is Resemblyzer's); ``pooled`` is the mean of a clip's tokens, of length 1 again: the *d-vector* of who
+    speaks. Layers are the last states of each. Tokens carry no position, and their coordinate is the middle of a
+    window, in seconds.
 
     With the weights of Resemblyzer (Apache-2.0; trained on LibriSpeech, VoxCeleb 1 and 2) an embedding is that of its
     ``VoiceEncoder.embed_utterance`` with ``rate=1.25``; ``stride: 77`` is its default rate of 1.3. Two things in front

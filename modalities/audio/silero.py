@@ -21,8 +21,8 @@ from mmrep.config import config
 from mmrep.modalities.audio._base import Preprocess
 from mmrep.modalities.audio._checkpoint import Checkpointed
 from mmrep.modalities.audio._mel import refuse_masks
-from mmrep.modalities.audio.lstm import LSTMLayer
 from mmrep.modalities.audio.decode import MAX_DURATION
+from mmrep.modalities.audio.lstm import LSTMLayer
 from mmrep.tokens import Encoding, Grid, Inputs, Tokens
 
 CHUNK, CONTEXT = 512, 64
@@ -35,9 +35,12 @@ class Silero(Checkpointed):
 
     Tokens are the LSTM's states, which have seen all of the clip up to their chunk and begin with zero. ``pooled`` is
     their mean, each weighed by the probability that it is speech. That probability, float [B, N], is in
-    ``extra["speech"]``: what the package's own model gives, chunk by chunk. The last chunk is filled with zeros, and
-    coordinates are the middle of a chunk, in seconds. It reads mono at 16 kHz; the package's network for 8 kHz is not
-    among these weights. The Fourier transform is computed, not learned: the file's filters are that, to rounding.
+    ``extra["speech"]``: what the package's network gives, chunk by chunk. The last chunk is filled with zeros, and
+    coordinates are the middle of a chunk, in seconds. It reads mono at 16 kHz; the package's network for 8 kHz is
+    another. The Fourier transform is computed, not learned: the file's filters are that, to rounding.
+
+    Version 6.2.3 of the package has two sets of weights of this one network: those of its TorchScript and ONNX models,
+    and others in ``silero_vad_16k.safetensors``, the file that is read here. Probabilities of single chunks differ.
     """
 
     @config

@@ -1,17 +1,15 @@
 """What the telephone exchange Asterisk says to callers: the same prompts, spoken by five people in five languages.
 
-The data are the Debian packages ``asterisk-core-sounds-{en,es,fr,it,ru}-wav`` and ``asterisk-prompt-it-menardi-wav``, read
-from where they lie: one folder a voice, such as ``en_US_f_Allison``, with some 500 clips of 8 kHz, half of a second to
-many. They name who speaks (CC-BY-SA 3.0, the Russian voice CC-BY 3.0; of the other Italian one its package has the
-terms). One of them speaks English and Spanish, and two speak Italian, so a voice can be told from a language.
-Every voice has its own studio: who tells the voices apart may hear that.
+The data are the Debian packages ``asterisk-core-sounds-{en,es,fr,it,ru}-wav`` and ``asterisk-prompt-it-menardi-wav``,
+read from where they lie: one folder a voice, such as ``en_US_f_Allison``, with some 500 clips of 8 kHz. They name who
+speaks (CC-BY-SA 3.0; the Russian voice CC-BY 3.0; of the second Italian one its package has the terms). One of the five
+speaks English and Spanish, and two speak Italian, so a person can be told from a language. Each has a studio of their
+own, too: what tells the voices apart may be that.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import field
-from pathlib import Path
 from typing import Any
 
 from mmrep.config import ConfigError, config
@@ -57,17 +55,18 @@ class Asterisk(RowSource):
     def __init__(self, config: AsteriskConfig) -> None:
         super().__init__(config)
         self._root = find(config.root, ROOT, "*_*_*_*/*.wav", f"apt-get install {' '.join(PACKAGES)}")
-        found = {folder.name: match for folder in sorted(self._root.iterdir()) if (match := _VOICE.fullmatch(folder.name))}
+        found = {
+            folder.name: match for folder in sorted(self._root.iterdir()) if (match := _VOICE.fullmatch(folder.name))
+        }
         if problems := wrong_names("voices", config.voices or [], set(found), "folder"):
             raise ConfigError(problems)
         rows: list[tuple[str, dict[str, Any]]] = []
         for voice in config.voices or found:
-            told = found[voice].groupdict()
             for path in sorted((self._root / voice).rglob("*.wav")):
                 prompt = path.relative_to(self._root / voice).with_suffix("").as_posix()
                 if _NO_SPEECH.fullmatch(prompt) or config.split not in ("all", part_of(prompt, config)):
                     continue
-                rows.append((f"{voice}/{prompt}", {**told, "speech": path, "voice": voice, "prompt": prompt}))
+                rows.append((f"{voice}/{prompt}", {**found[voice], "speech": path, "voice": voice, "prompt": prompt}))
         self.set_rows(rows, f"split: no prompt falls in {config.split!r}")
 
     def fingerprint(self) -> str:

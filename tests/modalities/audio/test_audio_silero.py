@@ -125,10 +125,11 @@ def test_the_packages_weights_are_read(data: Path):
 
 
 def test_probabilities_are_those_of_the_packages_model(data: Path, tmp_path):
-    """Its TorchScript model holds other weights than its file of safetensors; they are put in under that one's names."""
+    """Its TorchScript model has other weights than its file of safetensors; they are put in under that one's names."""
     model = torch.jit.load(data / "silero_vad.jit")
-    named = {"stft.forward_basis_buffer": "stft_conv.weight", "decoder.rnn": "lstm_cell", "decoder.decoder.2": "final_conv",
-             **{f"encoder.{i}.reparam_conv": f"conv{i + 1}" for i in range(4)}}  # fmt: skip
+    named = {f"encoder.{i}.reparam_conv": f"conv{i + 1}" for i in range(4)}
+    named |= {"stft.forward_basis_buffer": "stft_conv.weight", "decoder.rnn": "lstm_cell"}
+    named |= {"decoder.decoder.2": "final_conv"}
     state = {}
     for key, value in model._model.state_dict().items():
         for old, new in named.items():
