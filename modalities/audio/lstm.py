@@ -164,7 +164,7 @@ class LSTMLayer(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         """[B, T, incoming] to the states [B, T, width]."""
         with torch.autocast(values.device.type, enabled=False):
-            return self.lstm(values.to(self.lstm.weight_hh_l0.dtype))[0]
+            return self.lstm(values.to(next(self.parameters()).dtype))[0]
 
 
 def _in_place(rows: Tensor, valid: Tensor) -> Tensor:

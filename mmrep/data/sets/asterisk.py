@@ -55,9 +55,8 @@ class Asterisk(RowSource):
     def __init__(self, config: AsteriskConfig) -> None:
         super().__init__(config)
         self._root = find(config.root, ROOT, "*_*_*_*/*.wav", f"apt-get install {' '.join(PACKAGES)}")
-        found = {
-            folder.name: match for folder in sorted(self._root.iterdir()) if (match := _VOICE.fullmatch(folder.name))
-        }
+        names = sorted(folder.name for folder in self._root.iterdir())
+        found = {name: match.groupdict() for name in names if (match := _VOICE.fullmatch(name))}
         if problems := wrong_names("voices", config.voices or [], set(found), "folder"):
             raise ConfigError(problems)
         rows: list[tuple[str, dict[str, Any]]] = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -165,19 +167,15 @@ def test_a_checkpoint_is_read_and_a_saved_model_needs_it_no_more(tmp_path):
 @pytest.fixture
 def resemblyzer(monkeypatch):
     """The package's own network; what it imports beside torch may be absent, and is not what is compared."""
-    pytest.importorskip("resemblyzer.hparams" if "resemblyzer" in sys.modules else "scipy")
-    from importlib.util import find_spec
-
     if find_spec("resemblyzer") is None:
         pytest.skip("Resemblyzer is not installed")
     for name in ("webrtcvad", "librosa", "scipy.ndimage.morphology"):
         try:
             __import__(name)
         except ImportError:
-            stand_in = ModuleType(name)
-            stand_in.feature = ModuleType("feature")  # type: ignore[attr-defined]
-            stand_in.feature.melspectrogram = lambda *, y, **_: mel_twin(y).T  # type: ignore[attr-defined]
-            stand_in.binary_dilation = None  # type: ignore[attr-defined]
+            stand_in: Any = ModuleType(name)
+            stand_in.binary_dilation = None
+            stand_in.feature = SimpleNamespace(melspectrogram=lambda *, y, **_: mel_twin(y).T)
             monkeypatch.setitem(sys.modules, name, stand_in)
     before = set(sys.modules)
     import resemblyzer
