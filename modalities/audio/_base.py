@@ -20,7 +20,7 @@ from mmrep.tokens import Inputs
 from mmrep.views import View
 
 _LEVELS = {"peak": 1.0, "rms": 0.1}  # 0 and -20 dB of full scale
-_MAX_GAIN = 1000.0  # 60 dB: what is quieter is noise
+MAX_GAIN = 1000.0  # 60 dB: what is quieter is noise
 _MAX_RATIO = 2000
 
 
@@ -156,7 +156,7 @@ def level(values: Tensor, kind: Literal["none", "peak", "rms"]) -> Tensor:
     if kind == "none":
         return values
     measured = float(values.abs().max() if kind == "peak" else values.double().square().mean().sqrt())
-    return values * min(_LEVELS[kind] / max(measured, 1e-30), _MAX_GAIN)
+    return values * min(_LEVELS[kind] / max(measured, 1e-30), MAX_GAIN)
 
 
 def check_wave(values: Tensor) -> None:

@@ -90,6 +90,10 @@ class LogMel(nn.Module):
 
     def forward(self, wave: Tensor) -> Tensor:
         """Float [B, C, T] to float32 [B, C, 1 + T // hop, mels], under autocast too."""
+        return self.power(wave).clamp_min(self.how.floor).log()
+
+    def power(self, wave: Tensor) -> Tensor:
+        """The same without the logarithm, at least 0."""
         from torchaudio.functional import spectrogram
 
         with torch.autocast(wave.device.type, enabled=False):
@@ -101,7 +105,7 @@ class LogMel(nn.Module):
             power = spectrogram(
                 wave.float(), 0, window, self.how.fft, self.hop, len(window), 2.0, False, pad_mode="constant"
             )
-            return (power.mT @ self.filters.float()).clamp_min(self.how.floor).log()
+            return power.mT @ self.filters.float()
 
     def frames(self, lengths: Tensor) -> Tensor:
         """How many frames clips of ``lengths`` samples have: int64 [B]."""

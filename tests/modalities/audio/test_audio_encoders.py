@@ -33,6 +33,11 @@ CASES = [
     ("audio-wave", {**SMALL, "conv_width": 16}),
     ("audio-wave", {**SMALL, "conv_width": 16, "class_token": False, "channels": "stereo", "sampling_rate": 22_050,
                     "kernels": [64, 5], "strides": [32, 4], "normalize": "peak", "dropout": 0.1}),
+    ("audio-lstm", {"hidden": 24, "width": 20, "depth": 2}),
+    ("audio-lstm", {"hidden": 24, "width": 20, "depth": 3, "mels": 16, "window": 0.05, "frames": 20, "stride": 8,
+                    "log": True, "channels": "stereo", "loudness": None}),
+    ("silero", {}),
+    ("silero", {"width": 12, "normalize": "rms", "max_seconds": 0.2}),
 ]  # fmt: skip
 
 
@@ -375,7 +380,7 @@ def test_importing_the_modality_loads_no_audio_library():
     import subprocess
     import sys
 
-    modules = ("decode", "spectrogram", "wave", "hf", "views")
+    modules = ("decode", "spectrogram", "wave", "lstm", "silero", "hf", "views")
     lines = "; ".join(f"import mmrep.modalities.audio.{name}" for name in modules)
     heavy = "('torchaudio', 'soundfile', 'av', 'transformers')"
     code = f"{lines}; import sys; print([name for name in {heavy} if name in sys.modules])"
