@@ -172,7 +172,7 @@ def read_options(document: Mapping[str, Any]) -> dict[str, Any]:
     found = {
         k: v for k, v in _plain(document).items() if k not in _ELSEWHERE and v != usual.get(k) and k != "peft_type"
     }
-    found = {k: v for k, v in found.items() if v not in ({}, [], None, False) or usual.get(k)}
+    found = {k: v for k, v in found.items() if not _is_nothing(v) or usual.get(k)}
     if unknown := sorted(set(found) - _SHARED - _FIELDS[kind]):
         raise ValueError(f"it says {', '.join(f'{k}: {found[k]!r}' for k in unknown[:3])}, which is not read")
     begin = found.get("init_lora_weights", True)
@@ -187,6 +187,10 @@ def read_options(document: Mapping[str, Any]) -> dict[str, Any]:
 def built(peft: Any, options: Mapping[str, Any]) -> Any:
     """Peft's config of options, for training."""
     return peft.get_peft_config({**read_options(options), "inference_mode": False})
+
+
+def _is_nothing(value: Any) -> bool:
+    return value is None or value is False or value in ({}, [])  # layer 0 is something
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ import transformers
 from torch.nn import functional as F
 
 import mmrep
+from mmrep.hub.exports.export import ExportError
 from mmrep.hub.fetch import ModelFolderError
 from tests.hub.peft_folders import adapter, base, theirs
 from tests.hub.test_bridges_joint import PICTURES, TEXTS
@@ -28,6 +29,7 @@ TEXT = {
     "biases": ("bert", {**QUERY, "bias": "all"}),
     "biases of its layers": ("bert", {**QUERY, "bias": "lora_only"}),
     "one layer": ("bert", {**QUERY, "layers_to_transform": [1], "layers_pattern": "layer"}),
+    "the first layer": ("bert", {**QUERY, "layers_to_transform": 0, "layers_pattern": "layer"}),
     "an expression": ("bert", {"target_modules": r"encoder\.layer\.0\..*dense"}),
     "some tokens": ("bert", {**QUERY, "trainable_token_indices": {"word_embeddings": [5, 9]}}),
     "embeddings": ("bert", {"target_modules": ["word_embeddings", "value"]}),
@@ -152,7 +154,7 @@ def test_an_adapter_of_a_model_with_a_head_is_read_without_it(bases, tmp_path):
     with torch.no_grad():
         wanted = whole.base_model.model.bert(inputs["ids"], inputs["valid"].long()).last_hidden_state[:, 0]
     np.testing.assert_allclose(model.encode(TEXTS), wanted, atol=2e-6)
-    with pytest.raises(mmrep.hub.exports.export.ExportError, match="made for a model with a head"):
+    with pytest.raises(ExportError, match="made for a model with a head"):
         model.export("peft", tmp_path / "out")
 
 
@@ -232,3 +234,12 @@ def test_a_model_that_is_none_of_transformers_is_no_base(simple, bases, tmp_path
     mmrep.load(bases("bert")).save_pretrained(tmp_path / "ours")
     with pytest.raises(ModelFolderError, match=r"no model that transformers' AutoModel builds.*a model of ours"):
         mmrep.load(simple, base=str(tmp_path / "ours"))
+
+
+def test_a_base_of_a_name_without_an_organisation_is_asked_of_the_hub(simple, monkeypatch):
+    def fetch(name, **hub):
+        raise ModelFolderError(f"asked for {name}: {hub}")
+
+    monkeypatch.setattr("mmrep.hub.load.fetch", fetch)
+    with pytest.raises(ModelFolderError, match=r"asked for bert-base-uncased: .*'token': 'hf_a'"):
+        mmrep.load(said(simple, base_model_name_or_path="bert-base-uncased"), token="hf_a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,8 @@ class Peft(Bridge):
         if lost or not found:
             raise ModelFolderError(
                 f"{self.name!r} has values for {', '.join(lost[:3]) or 'nothing'}, which {library.kind} of "
-                f"{self.base.name!r} does not have where an embedding comes from (task_type {self.options.get('task_type')}): is it an "
-                "adapter for another model? base=… names that"
+                f"{self.base.name!r} does not have where an embedding comes from "
+                f"(task_type {self.options.get('task_type')}): is it an adapter for another model? base=… names that"
             )
         return found
 
@@ -147,11 +148,13 @@ class Peft(Bridge):
         if not (base or said):
             raise ModelFolderError(f"{self.name!r} does not say what it is an adapter for ({CONFIG} has no "
                                    "base_model_name_or_path): name the model with base=…")  # fmt: skip
-        revision = None if base else document.get("revision")
+        name, revision = str(base or said), None if base else document.get("revision")
+        if not re.search("[/:]", name) and not Path(name).is_dir():  # as the hub's oldest models are still called
+            name = f"hf:{name}"
         hub = {**self.hub, "revision": revision} if revision else {k: v for k, v in self.hub.items() if k != "revision"}
         at = f" at revision {revision!r}" if revision else ""
         try:
-            found = bridge(str(base or said), pool=self.pool, **hub)
+            found = bridge(name, pool=self.pool, **hub)
         except ModelFolderError as error:
             raise ModelFolderError(
                 f"{self.name!r} is an adapter for {base or said!r}{at}, which cannot be loaded: {error}. Another copy "

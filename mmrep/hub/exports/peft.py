@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Peft(Export):
         refuse(tower, "peft", _problems(tower))
         peft: Any = require("peft", "lora")
         name, revision = self._named(tower)
-        plain, library = _base(tower, name, revision)
+        plain, library, joint = _base(tower, name, revision)
         adapter: Any = tower.adapter
         _compare(tower, plain, name)
         places = library.places(plain)
@@ -57,7 +58,8 @@ class Peft(Export):
         else:
             options, state = _written(peft, tower, places, library)
         options.base_model_name_or_path, options.revision = name, revision
-        options.task_type = options.task_type or peft.TaskType.FEATURE_EXTRACTION
+        if tower.modality == "text" and "" in places and not joint:  # of this type peft gives a model inputs of text
+            options.task_type = options.task_type or peft.TaskType.FEATURE_EXTRACTION
         options.inference_mode = True
         options.save_pretrained(str(folder))
         state = {f"{AROUND}{key}": value.detach().cpu().contiguous() for key, value in state.items()}
@@ -84,13 +86,13 @@ def _problems(tower: Tower) -> list[str]:
     return problems
 
 
-def _base(tower: Tower, name: str, revision: str | None) -> tuple[Encoder, Library]:
-    """The tower's encoder as it is in the base, without an adapter, and the library's model of it."""
+def _base(tower: Tower, name: str, revision: str | None) -> tuple[Encoder, Library, bool]:
+    """The tower's encoder as it is in the base, without an adapter; the library's model; whether it is joint."""
     try:
         found = HuggingFace(name, **({"revision": revision} if revision else {}))
         chosen = tower.config.encoder
         config = dataclasses.replace(chosen.config, path=str(found.inner), revision=None)
-        return dataclasses.replace(chosen, config=config).build(), Library.of(found.inner, code=found.code)
+        return dataclasses.replace(chosen, config=config).build(), Library.of(found.inner, code=found.code), found.joint
     except (ModelFolderError, ValueError) as error:
         raise ExportError(
             f"peft: the adapter is for {name!r}, which cannot be read to see that it is: {error}. Name the same "
@@ -101,8 +103,8 @@ def _base(tower: Tower, name: str, revision: str | None) -> tuple[Encoder, Libra
 def _compare(tower: Tower, plain: Encoder, name: str) -> None:
     assert tower.adapter is not None, "it was refused"
     theirs, mine = plain.state_dict(), tower.encoder.state_dict()
-    trained = {n for n, p in tower.encoder.named_parameters() if p.requires_grad}
     own = tower.adapter.base_names(tower.encoder)
+    trained = {now for now, was in own.items() if _trains(tower.adapter, was)}
     off = [
         was for now, was in own.items()
         if now not in trained and not (was in theirs and torch.equal(theirs[was].cpu(), mine[now].cpu()))
@@ -112,6 +114,13 @@ def _compare(tower: Tower, plain: Encoder, name: str) -> None:
             f"peft: the adapter stands on other weights than those of {name!r} ({', '.join(off[:3])} differ): name the "
             f"model that it was trained on with base=…; or {_MERGED}"
         )
+
+
+def _trains(adapter: Any, name: str) -> bool:
+    """Whether a weight of the encoder's own trains beside the adapter."""
+    if isinstance(adapter, PeftConfig):
+        return adapter.config.options.get("bias", "none") != "none" and name.endswith("bias")
+    return any(fnmatchcase(name, pattern) for pattern in adapter.config.also)
 
 
 def _written(peft: Any, tower: Tower, places: dict[str, str], library: Library) -> tuple[Any, dict[str, Tensor]]:
