@@ -80,7 +80,9 @@ def test_a_text_model_is_pefts_own(case, bases, tmp_path):
     model.save_pretrained(tmp_path / "saved")
     shutil.rmtree(folder)
     np.testing.assert_array_equal(mmrep.load(tmp_path / "saved").encode(TEXTS), ours)
-    np.testing.assert_allclose(model.merged().encode(TEXTS), ours, atol=5e-6)
+    merged = model.merged()
+    assert merged.state_dict().keys() == plain.state_dict().keys(), "nothing of peft is left in it"
+    np.testing.assert_allclose(merged.encode(TEXTS), ours, atol=5e-6)
 
 
 @torch.no_grad()
