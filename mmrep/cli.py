@@ -179,14 +179,16 @@ def encode(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Whatever mmrep.load takes: a folder, a hub id, open_clip:model/tag, …")],
-    target: Annotated[str, typer.Argument(help="hf, sentence-transformers, open_clip or onnx.")],
+    target: Annotated[str, typer.Argument(help="hf, sentence-transformers, open_clip, onnx or peft.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
     tower: Annotated[str | None, typer.Option(help="The only tower to write.")] = None,
+    base: Annotated[str | None, typer.Option(help="With peft: the model that the adapter is for.")] = None,
 ) -> None:
     """Write a model in the layout of another library."""
     from mmrep.hub.load import load
 
-    typer.echo(f"{model} → {load(_model_folder(model)).export(target, out, tower=tower)}", err=True)
+    written = load(_model_folder(model)).export(target, out, tower=tower, base=base)
+    typer.echo(f"{model} → {written}", err=True)
 
 
 @app.command()

@@ -284,13 +284,15 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
 
         return load(pretrained_model_name_or_path, **options)
 
-    def export(self, target: str, folder: str | Path, *, tower: str | None = None) -> Path:
+    def export(self, target: str, folder: str | Path, *, tower: str | None = None, base: str | None = None) -> Path:
         """Write the model in the layout of another library.
 
         Args:
-            target: ``hf`` (transformers), ``sentence-transformers``, ``open_clip`` or ``onnx``.
+            target: ``hf`` (transformers), ``sentence-transformers``, ``open_clip``, ``onnx``, or ``peft``: an adapter
+                alone, without the model that it is in.
             folder: absent or empty.
             tower: the only one to write; None = all, where the target has room for them.
+            base: for ``peft``, the model that the adapter is for, a folder or a hub id; None = the tower's own path.
 
         Returns:
             The folder.
@@ -300,7 +302,7 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         """
         from mmrep.hub.exports.export import export
 
-        return export(self, target, folder, tower=tower)
+        return export(self, target, folder, tower=tower, base=base)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The README.md of a saved model."""

@@ -105,6 +105,11 @@ class Tower(nn.Module):
         """What the encoder has just returned, with what an adapter adds to it."""
         return encoding if self.adapter is None else self.adapter.finish(self.encoder, encoding)
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of an adapter's parameters that must not decay; an encoder says its own."""
+        found = set[str]() if self.adapter is None else self.adapter.no_weight_decay(self.encoder)
+        return {f"encoder.{name}" for name in found}
+
     def without_adapter(self) -> AbstractContextManager[None]:
         """Within, the tower is what it was before its adapter; see `Adapter.without`."""
         return nullcontext() if self.adapter is None else self.adapter.without(self.encoder)

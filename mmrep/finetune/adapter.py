@@ -58,6 +58,10 @@ class Adapter:
     def tie(self, encoder: Encoder, others: Sequence[tuple[Adapter, Encoder]]) -> None:
         """Share weights with the adapters of the model's towers before this one. Default: none are shared."""
 
+    def no_weight_decay(self, encoder: Encoder) -> set[str]:
+        """Names of its matrices in an encoder that has it which must not decay, since not zero is nothing to them."""
+        return set()
+
     def without(self, encoder: Encoder) -> AbstractContextManager[None]:
         """Within, the encoder computes what it did before the adapter was put in.
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, cast
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from mmrep.config import config
 from mmrep.encoder import Encoder
-from mmrep.finetune._attention import NAMES, CalledAttention
-from mmrep.finetune.adapter import Adapter, matching
-from mmrep.registry import require
-
-_PLACE = "default"  # peft keeps several adapters by name; here a layer has one
+from mmrep.finetune._through_peft import ByPatterns, any_of, inside, is_linear
+from mmrep.finetune.adapter import matching
 
 
-class LoRA(Adapter):
+class LoRA(ByPatterns):
     """LoRA (Hu et al. 2021, arXiv:2106.09685): ``W x`` becomes ``W x + alpha / rank * B A x``, with B zero at first.
 
     With ``dora`` it is DoRA (Liu et al. 2024, arXiv:2402.09353): the sum is scaled to a norm of its own for each output
@@ -52,98 +46,24 @@ class LoRA(Adapter):
 
     config: Config
 
-    def apply(self, encoder: Encoder) -> None:
-        """See `Adapter.apply`.
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
-        Raises:
-            MissingPackageError: peft is not installed.
-        """
-        peft: Any = require("peft", "lora")
-        for name, part in _inside(encoder, CalledAttention.can_replace):
-            encoder.set_submodule(name, CalledAttention(cast(nn.MultiheadAttention, part)))
-        own, targets = dict(encoder.named_parameters()), self._targets(encoder)
-        adapted = {id(p) for name in targets for p in encoder.get_submodule(name).parameters()}
-        also = matching(self.config.also, own, "adapter.also")
-        if twice := [name for name in also if id(own[name]) in adapted]:
-            raise ValueError(f"adapter.also: {twice[0]!r} has an adapter already; leave it out of one of the two")
-        # A holder, since peft looks for a transformers config in what it is given, and leaves its own there.
-        holder = nn.Module()
-        holder.encoder = encoder
-        options = peft.LoraConfig(
+    def options(self, peft: Any, targets: Mapping[str, str]) -> Any:
+        """See `ByPatterns.options`."""
+        return peft.LoraConfig(
             r=self.config.rank, lora_alpha=self.config.alpha, lora_dropout=self.config.dropout,
-            use_dora=self.config.dora, bias="none",
-            target_modules="|".join(re.escape(f"encoder.{name}") for name in targets),
+            use_dora=self.config.dora, bias="none", target_modules=any_of(targets.values()),
         )  # fmt: skip
-        with warnings.catch_warnings():  # that the weights of GPT-2's layers are transposed
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")
-            with torch.random.fork_rng(devices=[]):  # what is built after it is built as without it
-                peft.inject_adapter_in_model(options, holder, adapter_name=_PLACE)
-        for name in also:
-            own[name].requires_grad_(True)
 
-    def base_names(self, encoder: Encoder) -> dict[str, str]:
-        """See `Adapter.base_names`."""
-        names = {now: now.replace(".base_layer.", ".") for now in encoder.state_dict() if ".lora_" not in now}
-        for place, part in encoder.named_modules():
-            if isinstance(part, CalledAttention):
-                theirs = {f"{place}.{ours}": f"{place}.{name}" for ours, name in NAMES.items()}
-                names = {now: theirs.get(own, own) for now, own in names.items()}
-        return names
-
-    @torch.no_grad()
-    def settle(self, encoder: Encoder) -> None:
-        """Norms of DoRA are again those of the weights."""
-        for _, layer in _layers(encoder):
-            for vector in layer.lora_magnitude_vector.values():
-                weight: Tensor = _weight(layer)
-                norm = vector.get_weight_norm(weight, torch.zeros_like(weight), 1.0)
-                vector.weight.copy_(norm.reshape(vector.weight.shape))
-
-    def merge(self, encoder: Encoder) -> None:
-        """See `Adapter.merge`."""
-        for name, layer in list(_layers(encoder)):
-            layer.merge(safe_merge=True)
-            encoder.set_submodule(name, layer.get_base_layer())
-        for name, part in list(encoder.named_modules()):
-            if isinstance(part, CalledAttention):
-                encoder.set_submodule(name, part.original())
-
-    def _targets(self, encoder: Encoder) -> list[str]:
-        able = {name: part for name, part in encoder.named_modules() if _can(part)}
+    def targets(self, encoder: Encoder) -> list[str]:
+        """See `ByPatterns.targets`."""
+        able = self.able(encoder)
         if self.config.targets:
             return matching(self.config.targets, able, "adapter.targets")
-        found = [name for name, _ in _inside(encoder, _is_linear)]
+        found = [name for name, _ in inside(encoder, is_linear)]
         if not found:
             raise ValueError(
                 f"adapter.targets: {type(encoder).__name__} has no linear layers in its layers; say which modules, of "
                 f"{', '.join(list(able)[:8]) or 'none'}"
             )
         return found
-
-
-def _inside(encoder: Encoder, wanted: Callable[[nn.Module], bool]) -> list[tuple[str, nn.Module]]:
-    """The modules of the encoder's layers that are ``wanted``, but not what an attention holds and does not call."""
-    inside = {id(part) for block in encoder.layer_modules() for part in block.modules()}
-    held = (part for m in encoder.modules() if isinstance(m, nn.MultiheadAttention) for part in list(m.modules())[1:])
-    inside -= {id(part) for part in held}
-    return [(name, part) for name, part in encoder.named_modules() if id(part) in inside and wanted(part)]
-
-
-def _is_linear(part: nn.Module) -> bool:
-    return isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"  # GPT-2's linear layer in transformers
-
-
-def _can(part: nn.Module) -> bool:
-    return _is_linear(part) or isinstance(part, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding))
-
-
-def _layers(encoder: nn.Module) -> Iterator[tuple[str, Any]]:
-    from peft.tuners.lora import LoraLayer
-
-    return ((name, part) for name, part in encoder.named_modules() if isinstance(part, cast(type, LoraLayer)))
-
-
-def _weight(layer: Any) -> Tensor:
-    """Of the layer itself, outputs first."""
-    weight = layer.get_base_layer().weight
-    return weight.T if getattr(layer, "fan_in_fan_out", False) else weight

@@ -26,6 +26,7 @@ DORA = {"type": "lora", "rank": 2, "dora": True, "also": ["norm.*"]}
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"type": "lora", "rank": 2, "also": ["norm.*", "special"]}},
     "dora": {"adapter": DORA},
+    "ia3": {"adapter": {"type": "ia3", "also": ["norm.*"]}},
     "dora, two objectives, checkpointing": {"adapter": DORA, "objectives": 2, "checkpointing": True},
     "two objectives, checkpointing": {"objectives": 2, "checkpointing": True},
     "one without the other": {"adapter": DORA, "missing": True},
@@ -38,8 +39,8 @@ def build(adapter: Any = None, objectives: int = 1, checkpointing: bool = False,
     model = Model(ModelConfig(dim=4, towers=towers))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if ".lora_B" in name:
-                parameter.normal_(std=0.1)
+            if ".lora_B" in name or ".ia3_l." in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
     assert freeze_unused(model) == {}
     root = Root(model, [CONTRASTIVE, MASKED][:objectives], fields={"x": "a", "y": "b"}, views={}).train()
     if checkpointing:

@@ -1,4 +1,4 @@
-"""LoRA and DoRA against their formulas, in every kind of encoder, through training, saving, merging and beginning."""
+"""LoRA, DoRA and (IA)^3 by their formulas, in every kind of encoder: trained, saved, merged, and begun from."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mmrep._unused import freeze_unused
 from mmrep.config import ConfigError, component, parse
 from mmrep.embed.store import tower_digest
 from mmrep.finetune._attention import CalledAttention
+from mmrep.finetune._through_peft import inside, is_linear
 from mmrep.finetune.adapter import merged
-from mmrep.finetune.lora import _inside, _is_linear
 from mmrep.hub.start import Start
 from mmrep.model import Model, ModelConfig, parameter_counts
 from mmrep.registry import MissingPackageError
@@ -38,6 +38,12 @@ ENCODERS = {
 NORMS = {"bert": "*LayerNorm*", "gpt2": "*ln_f*", "open-clip-image": "*ln_post*", "open-clip-text": "*ln_final*"}
 LORA = {"type": "lora", "rank": 4, "alpha": 6.0}
 DORA = {**LORA, "dora": True, "also": ["*norm*"]}
+IA3 = {"type": "ia3", "also": ["*norm*"]}
+
+
+def added(name: str) -> bool:
+    """Whether a parameter is an adapter's."""
+    return ".lora_" in name or ".ia3_l." in name
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -91,7 +97,7 @@ def encode(model):
     return model.encode(model.tower("a").encoder.examples(3, 5), "a")
 
 
-@pytest.mark.parametrize("adapter", [LORA, DORA], ids=["lora", "dora"])
+@pytest.mark.parametrize("adapter", [LORA, DORA, IA3], ids=["lora", "dora", "ia3"])
 @pytest.mark.parametrize("kind", [*ENCODERS, "bert", "gpt2"])
 def test_it_begins_as_the_plain_model_trains_alone_and_is_saved_and_merged_whole(kind, adapter, text, tmp_path):
     encoder = ENCODERS[kind] if kind in ENCODERS else text(kind)
@@ -105,9 +111,9 @@ def test_it_begins_as_the_plain_model_trains_alone_and_is_saved_and_merged_whole
     trained(model)
     moved = {n.removeprefix("towers.a.") for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     named = {name.removeprefix("towers.a.") for name in before if name.startswith("towers.a.")}
-    also = {n for n in named if "also" in adapter and fnmatchcase(n, f"encoder.{norms}") and ".lora_" not in n}
+    also = {n for n in named if "also" in adapter and fnmatchcase(n, f"encoder.{norms}") and not added(n)}
     assert also or "also" not in adapter
-    assert moved == {n for n in named if ".lora_" in n or n.startswith("projector")} | also
+    assert moved == {n for n in named if added(n) or n.startswith("projector")} | also
     # Apart: base and adapter.
     model.save_pretrained(tmp_path / "apart")
     loaded = mmrep.load(tmp_path / "apart")
@@ -127,7 +133,7 @@ def test_it_begins_as_the_plain_model_trains_alone_and_is_saved_and_merged_whole
     assert all(p.requires_grad for p in one.parameters())
     one.save_pretrained(tmp_path / "merged")
     np.testing.assert_array_equal(encode(mmrep.load(tmp_path / "merged")), encode(one))
-    assert ".lora_" in "".join(model.state_dict())  # the merged one is a copy
+    assert any(map(added, model.state_dict()))  # the merged one is a copy
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -172,7 +178,7 @@ def test_what_an_attention_holds_that_cannot_be_replaced_is_no_target():
             return [self]
 
     assert not CalledAttention.can_replace(Block().attention)
-    assert [name for name, _ in _inside(Block(), _is_linear)] == ["linear"]
+    assert [name for name, _ in inside(Block(), is_linear)] == ["linear"]
 
 
 def test_weights_that_the_encoder_passes_by_are_refused(monkeypatch):
@@ -274,10 +280,11 @@ def test_kept_features_depend_on_alpha():
     assert tower_digest(a) == tower_digest(build(LORA, frozen="tower").tower("a"))
 
 
-def test_without_peft_it_says_what_to_install(monkeypatch):
+@pytest.mark.parametrize("adapter", [LORA, IA3], ids=["lora", "ia3"])
+def test_without_peft_it_says_what_to_install(adapter, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingPackageError, match=r'pip install "mmrep\[lora\]"'):
-        build(LORA)
+        build(adapter)
 
 
 def begun(folder: Path, adapter, seed=7) -> Model:
@@ -287,7 +294,7 @@ def begun(folder: Path, adapter, seed=7) -> Model:
     return model.eval()
 
 
-@pytest.mark.parametrize("adapter", [LORA, {**LORA, "dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("adapter", [LORA, {**LORA, "dora": True}, {"type": "ia3"}], ids=["lora", "dora", "ia3"])
 def test_beginning_from_a_saved_model_with_and_without_an_adapter(adapter, tmp_path):
     plain, tuned = trained(build()), trained(build(adapter))
     plain.save_pretrained(tmp_path / "plain")
@@ -320,3 +327,72 @@ def test_only_the_named_towers_are_merged_and_a_resting_part_of_an_encoder_rests
     assert {n for n, p in some.named_parameters() if not p.requires_grad and n.startswith("towers.a.")} == {
         n for n, _ in some.named_parameters() if n.startswith("towers.a.encoder.inner.")
     }
+
+
+def test_scales_are_those_of_the_formula():
+    """Keys and values: l * (W x + b). The second layer of a feed-forward: W (l * x) + b. Nothing else."""
+    model = build({"type": "ia3"}).double()
+    block = model.tower("a").encoder.transformer.blocks[1]
+    scaled = {name: part for name, part in block.named_modules() if hasattr(part, "ia3_l")}
+    assert [part.is_feedforward for part in scaled.values()] == [False, True]
+    x = torch.randn(5, 16, dtype=torch.float64)
+    for part, given in zip(scaled.values(), (x, torch.randn(5, 64, dtype=torch.float64)), strict=True):
+        layer, scale = part.base_layer, part.ia3_l["default"]
+        assert torch.equal(scale, torch.ones_like(scale))
+        with torch.no_grad():
+            scale.copy_(torch.randn_like(scale))
+        mine = scale.detach().flatten().requires_grad_()
+        if part.is_feedforward:
+            expected = F.linear(given * mine, layer.weight.detach(), layer.bias.detach())
+        else:
+            expected = mine * F.linear(given, layer.weight.detach(), layer.bias.detach())
+        found = part(given)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        found.sin().sum().backward()
+        expected.sin().sum().backward()
+        torch.testing.assert_close(scale.grad.flatten(), mine.grad, rtol=1e-10, atol=1e-12)
+        assert layer.weight.grad is None
+
+
+def test_scales_do_not_decay_though_they_are_matrices():
+    """Decay would draw them to zero, which is not nothing to a factor."""
+    model = build({"type": "ia3"})
+    optimizer = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5))
+    decay = {name: group["weight_decay"] for group in optimizer.param_groups for name in group["param_names"]}
+    scales = {name: p for name, p in model.named_parameters() if ".ia3_l." in name}
+    assert {p.ndim for p in scales.values()} == {2}
+    assert {decay[name] for name in scales} == {0.0}
+    assert decay["towers.a.projector.map.weight"] == 0.5
+
+
+def test_which_side_is_scaled_goes_by_the_whole_name():
+    """Of a list peft would take every layer whose name ends as one of it does."""
+    model = build({"type": "ia3", "targets": ["patches"], "feedforward": ["transformer.blocks.1.*.out"]})
+    sides = {n: part.is_feedforward for n, part in model.tower("a").encoder.named_modules() if hasattr(part, "ia3_l")}
+    assert sides == {"patches": False, "transformer.blocks.1.attention.out": True}
+
+
+def test_convolutions_are_scaled_and_merged():
+    cnn = {"type": "image-cnn", "size": 16, "widths": [8], "depths": [1], "norm": "group"}
+    able = [n for n, part in build(None, cnn).tower("a").encoder.named_modules() if isinstance(part, nn.Conv2d)]
+    model = trained(build({"type": "ia3", "targets": able[:1], "feedforward": able[1:2]}, cnn))
+    np.testing.assert_allclose(encode(model.merged()), encode(model), atol=2e-6)
+    assert abs(encode(model) - encode(build(None, cnn))).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"targets": ["*.qkv"], "feedforward": ["*.qkv"]}, r"feedforward: '.*qkv' is among targets"),
+        ({"feedforward": ["*.fc9"]}, r"adapter\.feedforward: nothing that it could name matches '\*\.fc9'"),
+        ({"targets": ["*.kv"]}, r"adapter\.targets: nothing that it could name matches '\*\.kv'"),
+    ],
+)
+def test_scales_of_nothing_are_refused(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        build({"type": "ia3", **fields})
+
+
+def test_keys_and_values_that_are_not_known_by_name_are_asked_for():
+    with pytest.raises(ConfigError, match=r"no layer of Features is called by a name .* say which, of map"):
+        build({"type": "ia3"}, {"type": "features"})

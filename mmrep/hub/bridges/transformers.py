@@ -35,7 +35,7 @@ class HuggingFace(Bridge):
     def __init__(self, name: str, *, pool: str | None = None, **hub: Any) -> None:
         super().__init__(name, pool=pool, **hub)
         self.packaged = name.startswith("package:")
-        path = Path(_located(name) if self.packaged else name).expanduser()
+        path = Path(located(name) if self.packaged else name).expanduser()
         self.local = path.is_dir()
         self.fetched = Fetched(path) if self.local else fetch(name, code=permitted(), **hub)
         self.folder = self.fetched.folder
@@ -60,6 +60,11 @@ class HuggingFace(Bridge):
         if inside:  # an encoder reads the root of a repository alone
             return self.config()
         return self._config({"path": self.name, "revision": self.fetched.commit, **self._code})
+
+    @property
+    def joint(self) -> bool:
+        """Whether it is several towers in one space."""
+        return self.modules is None and self.kind in JOINT
 
     @property
     def _code(self) -> dict[str, Any]:
@@ -125,7 +130,7 @@ class HuggingFace(Bridge):
                 model.temperature("default").log_scale.fill_(Values(self.inner).scalar(joint.scale))
 
 
-def _located(name: str) -> str:
+def located(name: str) -> str:
     """The folder of ``package:name/folder``."""
     try:
         return locate(name)
