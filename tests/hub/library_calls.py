@@ -246,7 +246,8 @@ KINDS: dict[str, Make] = {
     **{kind: partial(pe, kind) for kind in ("pe_audio", "pe_video", "pe_audio_video")},
     **{kind: partial(text, kind) for kind in ("bert", "roberta", "t5", "gpt2", "llama")},
     **{kind: partial(image, kind) for kind in (
-        "vit", "dinov2-registers", "clip-vision", "clip-projected", "data2vec", "beit", "mae", "hiera", "swin", "convnext"
+        "vit", "dinov2-registers", "clip-vision", "clip-projected", "data2vec", "beit", "mae", "hiera", "swin",
+        "convnext",
     )},
     **{kind: partial(audio, kind) for kind in ("wav2vec2", "hubert-large", "wavlm", "whisper", "ast")},
     **{kind: partial(video, kind) for kind in ("videomae", "vjepa2", "timesformer", "vivit")},
