@@ -57,14 +57,13 @@ class SentenceTransformers(Export):
 
 def _problems(tower: Tower) -> list[str]:
     problems: list[str] = []
+    model: Any = getattr(tower.encoder, "model", None)
     if tower.config.encoder.type != "hf-text":
         problems.append("its encoder is no transformer of the Hugging Face library (hf-text)")
-    elif not hasattr(tower.encoder.model, "save_pretrained") or getattr(tower.encoder, "_projection", None) is not None:
+    elif not hasattr(model, "save_pretrained") or getattr(tower.encoder, "_projection", None) is not None:
         problems.append("its encoder is a part of a joint model, with a projection")
-    elif _halved(tower.encoder.model) and tower.encoder.model.config.model_type not in _ALONE:
-        problems.append(
-            f"its encoder is half of a {tower.encoder.model.config.model_type!r} model, which the library builds whole"
-        )
+    elif _halved(model) and model.config.model_type not in _ALONE:
+        problems.append(f"its encoder is half of a {model.config.model_type!r} model, which the library builds whole")
     if tower.config.pool.type not in _POOLS:
         problems.append(f"it has no pooling {tower.config.pool.type!r} (it has {', '.join(_POOLS)})")
     elif tower.config.pool.type == "mean" and not tower.config.pool.config.special:
