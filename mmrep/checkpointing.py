@@ -46,6 +46,7 @@ class _Again:
         forward, runs = type(self.block).forward, 0
         if not torch.is_grad_enabled():
             return forward(self.block, *args, **options)
+        ways = [(config, config._attn_implementation) for config in _configs(self.block)]
 
         def run(*args: Any, **options: Any) -> Any:
             nonlocal runs
@@ -53,10 +54,27 @@ class _Again:
             if runs == 1:
                 return forward(self.block, *args, **options)
             kept = [(buffer, buffer.clone()) for buffer in self.block.buffers()]  # running statistics count once
+            now = [(config, config._attn_implementation) for config, _ in ways]
+            _set(ways)
             try:
                 return forward(self.block, *args, **options)
             finally:
+                _set(now)
                 for buffer, value in kept:
                     buffer.copy_(value)
 
         return checkpoint(run, *args, use_reentrant=False, **options)
+
+
+def _configs(block: nn.Module) -> list[Any]:
+    """Configs of transformers, which say how parts of the block compute attention.
+
+    An encoder may be asked for its attention between the two passes, and another way draws another dropout.
+    """
+    found = {id(config): config for part in block.modules() if (config := getattr(part, "config", None)) is not None}
+    return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+
+
+def _set(ways: list[tuple[Any, Any]]) -> None:
+    for config, way in ways:
+        config._attn_implementation = way

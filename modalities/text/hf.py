@@ -207,7 +207,7 @@ class HFText(TextEncoder):
         return self._encode(tokens.keep(keep), layers, None if keep is None else self.placing)
 
     def attended(self, tokens: Tokens) -> Encoding:
-        """See `Encoder.attended`. Attention is computed the slow way, which shows it; in training it stays so."""
+        """See `Encoder.attended`. Attention is computed the slow way, which shows it."""
         if "attention" not in self.supports:
             return super().attended(tokens)
         model: Any = self.model
@@ -216,8 +216,7 @@ class HFText(TextEncoder):
         try:
             return self._encode(tokens, (), None, attention=True)
         finally:
-            if not self.training:  # checkpointed layers are computed again in the backward pass
-                model.set_attn_implementation(before)
+            model.set_attn_implementation(before)
 
     def _encode(
         self, tokens: Tokens, layers: Sequence[int], how: Placing | None, *, attention: bool = False

@@ -11,7 +11,7 @@ import pytest
 from data_fakes import TinyImage, TinyText, png, write
 
 from mmrep.config import ConfigError, component
-from mmrep.data.emoji import load_concepts, split_families
+from mmrep.data.emoji import category, load_concepts, split_families
 from mmrep.data.imagefolder import ImageFolder, ImageFolderConfig
 from mmrep.data.loader import evaluation_items
 from mmrep.data.reader import Reader
@@ -312,6 +312,20 @@ def test_emoji_splits_and_artists():
     everything = {s for split in ("train", "validation", "test") for s in _concepts(build("emoji", split=split))}
     assert everything == _concepts(build("emoji", split="all"))
     assert _concepts(build("emoji", split="test", seed=1)) != _concepts(build("emoji", split="test"))
+
+
+def test_emoji_categories_are_labels_where_the_charts_know_them():
+    concepts = {concept.id: category(concept) for concept in load_concepts()}
+    plain = build("emoji", split="all")
+    column, ids = plain.column("category"), plain.column("concept")
+    assert column == [found and found[0] for found in map(concepts.get, ids)]
+    assert {"Food & Drink", "Animals & Nature", "Flags"} < set(column)
+    labelled = build("emoji", split="all", label="category")
+    assert [labelled[n].label for n in range(0, len(labelled), 300)] == labelled.column("category")[::300]
+    unknown = {concept for concept, found in zip(ids, column, strict=True) if found is None}
+    assert unknown, "else nothing is left out"
+    assert _concepts(labelled) == _concepts(plain) - unknown
+    assert len(set(labelled.column("category"))) == 9
 
 
 def _concepts(source):

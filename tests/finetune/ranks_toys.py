@@ -23,6 +23,7 @@ VIT = {"type": "image-vit", "size": 8, "patch": 2, "width": 16, "depth": 2, "hea
 CONTRASTIVE = component("objectives", "contrastive", pairs=[{"between": ["x", "y"]}])
 MASKED = component("objectives", "masked", field="x", mask={"type": "random"})
 DORA = {"type": "lora", "rank": 2, "dora": True, "also": ["norm.*"]}
+TOKENS = {"type": "representation-tokens", "begin": 2, "count": 3, "width": 5, "rank": 2, "keep": 0.9}
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"type": "lora", "rank": 2, "also": ["norm.*", "special"]}},
     "dora": {"adapter": DORA},
@@ -30,6 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
     "dora, two objectives, checkpointing": {"adapter": DORA, "objectives": 2, "checkpointing": True},
     "two objectives, checkpointing": {"objectives": 2, "checkpointing": True},
     "one without the other": {"adapter": DORA, "missing": True},
+    "tokens of two towers": {"adapter": TOKENS},
+    "tokens of two towers, one without": {"adapter": TOKENS, "missing": True},
 }
 
 

@@ -8,14 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 import mmrep
 from mmrep.config import parse
 from mmrep.hub.fetch import ModelFolderError
 from mmrep.model import Model, ModelConfig
+from mmrep.recipe import read_recipe
+from mmrep.run import Run
 from tests.modalities.image import image_tiny_hf
 from tests.modalities.text import tiny_hf
+from tests.world import make_world, recipe
 
 PICTURES = [
     Image.fromarray(np.random.default_rng(n).integers(0, 255, (*size, 3), dtype=np.uint8))
@@ -71,6 +75,34 @@ def test_towers_of_several_checkpoints_go_together_by_their_paths(tmp_path):
     model.save_pretrained(tmp_path / "together")
     again = mmrep.load(tmp_path / "together")
     np.testing.assert_array_equal(again.encode(PICTURES, "depth"), model.encode(PICTURES, "depth"))
+
+
+@pytest.mark.parametrize("first", [None, "vision", "text"])
+def test_a_recipe_of_towers_that_begin_each_from_its_own_checkpoint_is_the_joint_model(first, tmp_path):
+    """By ``path`` of each tower, or one by ``start:`` and the other by its path."""
+    apart(tmp_path)
+    whole = mmrep.load(tmp_path / "whole")
+    towers = {
+        name: {
+            "encoder": {"type": f"hf-{name}", "path": str(tmp_path / part)},
+            "pool": "native",
+            "projector": "identity",
+        }
+        for name, part in (("image", "vision"), ("text", "text"))
+    }
+    if first is not None:
+        towers.pop({"vision": "image", "text": "text"}[first])
+    scale = float(whole.temperature("default").scale)
+    data = recipe(make_world(tmp_path / "world"))
+    data["model"] = {"dim": 12, "towers": towers, "normalize": True, "temperatures": {"default": {"scale": scale}}}
+    data |= {} if first is None else {"start": str(tmp_path / first)}
+    (tmp_path / "both.yaml").write_text(yaml.safe_dump(data))
+    model = Run(read_recipe(str(tmp_path / "both.yaml"))).model.eval()
+    wanted = whole.encode(PICTURES, "image") @ whole.encode(TEXTS, "text").T
+    found = model.encode(PICTURES, "image") @ model.encode(TEXTS, "text").T
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    assert np.abs(wanted - wanted.mean()).max() > 0.01
+    assert float(model.temperature("default").scale) == pytest.approx(scale, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["LanguageBindVideo", "LanguageBindAudio"])

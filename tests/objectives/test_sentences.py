@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from mmrep._gradients_measure import in_double
 from mmrep.config import ConfigError, component
+from mmrep.data.batch import Batch
 from mmrep.losses.attention import attention_information
 from mmrep.losses.cross_view import cross_view
 from mmrep.losses.layerwise import layerwise
@@ -18,6 +19,7 @@ from mmrep.model import Model, ModelConfig, TemperatureConfig, TowerConfig
 from mmrep.objectives.root import Root
 from mmrep.registry import encoders
 from mmrep.training.cached import forward_backward
+from tests.modalities.text import tiny_hf
 from tests.objectives import ssl_toys
 from tests.toys import ToyEncoder
 
@@ -185,6 +187,41 @@ def test_attention_of_micro_batches_is_that_of_the_whole_batch():
     torch.testing.assert_close(loss, again)
     for a, b in zip(once, parts, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_computed_again_in_the_backward_pass_attention_has_the_same_gradient(order, tmp_path):
+    """With a second field of the same encoder, whose attention nobody asks for, read before and after."""
+    for part in tiny_hf.make("bert"):
+        part.save_pretrained(tmp_path)
+    chosen = component("encoders", "hf-text", path=str(tmp_path))
+
+    def found(again):
+        torch.manual_seed(0)
+        model = Model(ModelConfig(dim=5, towers={"a": TowerConfig(encoder=chosen)}))
+        objectives = [
+            component("objectives", "attention", field="x"),
+            component("objectives", "contrastive", pairs=[{"between": ["y", "x"]}], use_group=False),
+        ]
+        root = Root(model, objectives[::order], fields={"x": "a", "y": "a"}, views={}).train()
+        if again:
+            root.checkpoint_encoders()
+        read = model.tower("a").encoder
+        raws = [read.collate([read.prepare(raw) for raw in read.examples(4, seed)]) for seed in (0, 1)]
+        present = {field: torch.ones(4, dtype=torch.bool) for field in "xy"}
+        batch = Batch(ids=list("0123"), inputs={"x": [raws[0]] * 2, "y": [raws[1]]}, present=present,
+                      seeds=torch.arange(4))  # fmt: skip
+        torch.manual_seed(3)
+        out = root(batch)
+        out["loss"].backward()
+        return out, {name: p.grad for name, p in root.named_parameters() if p.grad is not None}
+
+    (plain, gradients), (computed, again) = found(False), found(True)
+    assert abs(plain["attention/information"]) > 1e-3
+    torch.testing.assert_close(computed["loss"], plain["loss"])
+    assert gradients.keys() == again.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(again[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
 def test_agreement_of_attention_can_be_learned():

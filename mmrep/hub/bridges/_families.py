@@ -11,7 +11,7 @@ class Part:
     """One tower: its encoder's registered type, its pool, and other fields of the encoder."""
 
     encoder: str
-    pool: str = "native"
+    pool: str | dict[str, Any] = "native"
     fields: dict[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -84,8 +84,11 @@ ELSEWHERE = {
 }
 """By how model types begin that no version of transformers knows, what to do about them."""
 
-_POOLS = {
-    "vit": "cls", "beit": "mean", "deit": "cls", "vit_mae": "cls", "data2vec-vision": "mean",
+_PATCHES = {"type": "mean", "special": False}
+"""What the library's pooling layers of BEiT and data2vec read, and so their classifiers: no class token."""
+
+_POOLS: dict[str, str | dict[str, Any]] = {
+    "vit": "cls", "beit": _PATCHES, "deit": "cls", "vit_mae": "cls", "data2vec-vision": _PATCHES,
     "dinov3_convnext": "native", "timesformer": "cls", "vivit": "cls", "audio-spectrogram-transformer": "native",
 }  # fmt: skip
 """Of single models, where it is not the default of the modality."""

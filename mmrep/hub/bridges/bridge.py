@@ -42,7 +42,7 @@ class Bridge:
         """Set what the encoders do not bring: projectors, temperatures. The default sets nothing."""
 
 
-def tower(encoder: dict[str, Any], pool: str) -> dict[str, Any]:
+def tower(encoder: dict[str, Any], pool: str | dict[str, Any]) -> dict[str, Any]:
     """A tower of an encoder that brings all that is learned."""
     return {"encoder": encoder, "pool": pool, "projector": "identity"}
 

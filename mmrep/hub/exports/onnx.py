@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import warnings
@@ -67,20 +69,28 @@ def _write(tower: Tower, name: str, path: Path) -> dict[str, Any]:
     reasons: list[str] = []
     for way in (_captured, _traced):
         try:
-            with warnings.catch_warnings():
+            # torch's tracer prints the whole graph where it fails.
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
                 way(graph, inputs, free, path)
             session = _session(path)
             read = [one.name for one in session.get_inputs()]  # what nothing reads is not in the graph
             worst = max(_difference(session, read, tower, batch) for batch in batches)
         except Exception as error:  # of torch's exporters and of onnxruntime, which raise whatever they like
-            reasons.append(f"{way.__name__.strip('_')}: {' '.join(str(error).split())[-200:]}")
+            reasons.append(f"{way.__name__.strip('_')}: {' '.join(str(_first(error)).split())[:200]}")
             continue
         if worst < _TOLERANCE:
             logger.info("tower %s: %s, differs by %.1e at most", name, way.__name__.strip("_"), worst)
             return {key: _described(inputs[key], free[key]) for key in read}
         reasons.append(f"{way.__name__.strip('_')}: its embeddings differ by {worst:.1e} on a batch of another size")
     raise ExportError(f"tower {name!r} ({tower.config.encoder.type}) cannot be written as ONNX: {'; '.join(reasons)}")
+
+
+def _first(error: BaseException) -> BaseException:
+    """What an error came from: torch's exporters say last what a person might do about it, and not what it is."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _captured(graph: nn.Module, inputs: dict[str, Tensor], free: dict[str, list[int]], path: Path) -> None:

@@ -13,6 +13,8 @@ from mmrep.registry import require
 from mmrep.tower import Tower
 
 _POOLS = {"mean": "mean", "cls": "cls", "last": "lasttoken", "max": "max", "weighted-mean": "weightedmean"}
+_ALONE = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel"}
+"""Of encoder-decoders by model type: the class that the library builds, which has the encoder alone."""
 _ACTIVATIONS = {"none": torch.nn.Identity, "tanh": torch.nn.Tanh, "gelu": torch.nn.GELU, "relu": torch.nn.ReLU}
 
 
@@ -31,7 +33,7 @@ class SentenceTransformers(Export):
         modules: Any = require("sentence_transformers.sentence_transformer.modules", "quantize")
         encoder: Any = tower.encoder
         with tempfile.TemporaryDirectory() as scratch:
-            encoder.model.save_pretrained(scratch)
+            _network(encoder).save_pretrained(scratch)
             encoder.tokenizer.save_pretrained(scratch)
             parts = [modules.Transformer(scratch, max_seq_length=encoder.max_length)]
         pool = _POOLS[tower.config.pool.type]
@@ -55,10 +57,13 @@ class SentenceTransformers(Export):
 
 def _problems(tower: Tower) -> list[str]:
     problems: list[str] = []
+    model: Any = getattr(tower.encoder, "model", None)
     if tower.config.encoder.type != "hf-text":
         problems.append("its encoder is no transformer of the Hugging Face library (hf-text)")
-    elif not hasattr(tower.encoder.model, "save_pretrained") or getattr(tower.encoder, "_projection", None) is not None:
+    elif not hasattr(model, "save_pretrained") or getattr(tower.encoder, "_projection", None) is not None:
         problems.append("its encoder is a part of a joint model, with a projection")
+    elif _halved(model) and model.config.model_type not in _ALONE:
+        problems.append(f"its encoder is half of a {model.config.model_type!r} model, which the library builds whole")
     if tower.config.pool.type not in _POOLS:
         problems.append(f"it has no pooling {tower.config.pool.type!r} (it has {', '.join(_POOLS)})")
     elif tower.config.pool.type == "mean" and not tower.config.pool.config.special:
@@ -67,6 +72,24 @@ def _problems(tower: Tower) -> list[str]:
     if projector.type not in ("identity", "linear", "dense") or getattr(projector.config, "standardize", False):
         problems.append(f"its projector {projector.type!r} is more than one linear map")
     return problems
+
+
+def _halved(model: Any) -> bool:
+    """Whether it is the encoder of an encoder-decoder, taken out of the whole."""
+    return type(model).__name__ not in (model.config.architectures or [type(model).__name__])
+
+
+def _network(encoder: Any) -> Any:
+    """The encoder's model, as the class that the library builds from its config."""
+    import transformers
+
+    model = encoder.model
+    if not _halved(model):
+        return model
+    whole: Any = getattr(transformers, _ALONE[model.config.model_type])(model.config)
+    whole.encoder.load_state_dict(model.state_dict())
+    whole.shared.load_state_dict(model.get_input_embeddings().state_dict())
+    return whole
 
 
 @torch.no_grad()

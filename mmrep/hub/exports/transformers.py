@@ -30,11 +30,16 @@ class HuggingFace(Export):
         tower = self.one_tower("a model that AutoModel loads")
         problems = _problems(tower)
         network: Any = None if problems else _network(tower)
+        state: dict[str, torch.Tensor] = {}
         if network is None and not problems:
-            problems.append("its network is a part of a larger one (an encoder of two halves, or of a joint model)")
+            problems.append(_larger(tower))
+        elif network is not None:
+            state, lacks = _completed(network)
+            if lacks:
+                problems.append(f"{_larger(tower)}: it has no values for {', '.join(lacks[:3])}")
         refuse(tower, "transformers", problems)
         assert network is not None, "it was refused"
-        network.save_pretrained(folder)
+        network.save_pretrained(folder, state_dict=state)
         tower.encoder.save_files(folder)
         network.config.save_pretrained(folder)
 
@@ -47,9 +52,10 @@ class HuggingFace(Export):
         kind = next(iter(kinds.values()))
         if set(kinds.values()) != {kind} or kind not in _BUILDABLE or set(towers) != set(JOINT[kind].towers):
             said = ", ".join(f"{name}: {found or 'no part of a joint model'}" for name, found in kinds.items())
+            alone = "" if all(kinds.values()) else " A tower that is no part of one is written alone, with tower="
             raise ExportError(
-                f"transformers has no joint model of these towers ({said}); it has {', '.join(_BUILDABLE)}. One tower "
-                "alone is written with tower="
+                f"these towers cannot be written as one joint model ({said}); both towers of one of "
+                f"{', '.join(_BUILDABLE)} can.{alone}"
             )
         image: Any = towers["image"].encoder
         text: Any = towers["text"].encoder
@@ -65,6 +71,8 @@ class HuggingFace(Export):
         made.save_pretrained(folder)  # its config last: the parts' must not stay
 
 
+_IDLE = ("mask_token", "masked_spec_embed")
+"""Ends of names of what pretraining alone reads, and encoders here take off: zeros are written for it."""
 _BUILDABLE = {"clip": "CLIP", "metaclip_2": "MetaClip2", "siglip": "Siglip"}
 
 
@@ -87,12 +95,32 @@ def _network(tower: Tower) -> Any:
     return model if type(model).__name__ in (model.config.architectures or []) else None
 
 
+def _completed(network: Any) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """All that its class has values for, and the names of what has none here (a pooling layer need not have any)."""
+    with torch.device("meta"):
+        wanted = type(network)(network.config).state_dict()
+    state = network.state_dict()
+    lacks = [name for name in wanted if name not in state and not name.startswith("pooler.")]
+    idle = {name: torch.zeros(wanted[name].shape) for name in lacks if name.endswith(_IDLE)}
+    return {**state, **idle}, [name for name in lacks if name not in idle]
+
+
+def _larger(tower: Tower) -> str:
+    parent = _parent(tower)
+    return f"its network is a part of a larger one ({'an encoder of two halves' if parent is None else parent})"
+
+
 def _parent(tower: Tower) -> str | None:
     """The joint model that the tower's network is a part of."""
-    kind = str(getattr(getattr(tower.encoder, "hf_config", None), "model_type", ""))
+    config: Any = getattr(tower.encoder, "hf_config", None)
+    kind = str(getattr(config, "model_type", ""))
+    if kind in JOINT:
+        return kind
     for end in ("_text_model", "_vision_model", "_audio_model"):
         if kind.endswith(end):
             return kind.removesuffix(end)
+    if tower.config.encoder.type == "hf-text" and not hasattr(getattr(tower.encoder, "model", None), "save_pretrained"):
+        return str(config.architectures[0])  # PE's text, whose model type is its network's alone
     return None
 
 
