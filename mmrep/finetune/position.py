@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -97,7 +97,7 @@ def learn_coefficients_on(
         loader.close()
 
 
-def _for_ever(loader: Any) -> Iterator[Batch]:
+def _for_ever(loader: Any) -> Generator[Batch, None, None]:
     while True:
         yield from loader
 

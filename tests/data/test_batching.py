@@ -393,7 +393,7 @@ def test_a_recipe_trains_on_a_mixture_in_batches_of_its_kind(tmp_path):
     data |= {"distinct_groups": True, "bucket_by": "caption", "max_tokens": 130}
     path = write_recipe(folder, data=data, evaluations={}, train={"epochs": 2, "batch_size": 12, "workers": 0})
     run, dry = Run(read_recipe(str(path)), folder / "run"), Run(read_recipe(str(path)))
-    loader = dry._loader(dry.root(dry.untrained()), rank=0, size=1)
+    loader = dry.loader(dry.root(dry.untrained()), rank=0, size=1)
     assert all(len(set(batch.group.tolist())) == len(batch) <= 130 // 15 for batch in drawn(loader))
     run.train()
     assert (folder / "run/model/config.json").is_file()

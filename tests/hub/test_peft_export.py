@@ -116,19 +116,30 @@ def test_what_was_pefts_goes_out_as_it_came_in(bert, tmp_path):
         ({"chosen": None}, "it has no adapter kept apart"),
         ({"projector": "mlp"}, "no place for the projector 'mlp'"),
         ({"chosen": {"type": "representation-tokens", "begin": 1}}, "its adapter 'representation-tokens' is none of"),
-        ({"chosen": {**LORA, "also": ["*position_embeddings*", "*.0.attention.self.key.bias"],
-                     "targets": ["*.query"]}}, None),
-        ({"chosen": {**LORA, "also": ["*word_embeddings*"]}, "pool": "attention"}, None),
     ],
-)  # fmt: skip
+)
 def test_what_has_no_place_is_refused_and_nothing_is_left(fields, words, bert, tmp_path):
     model = build(tower(bert, **{"chosen": LORA, **fields}))
-    if words is None:
-        model.export("peft", tmp_path / "out")
-        return
     with pytest.raises(ExportError, match=words):
         model.export("peft", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"chosen": {**LORA, "also": ["*position_embeddings*", "*.0.attention.self.key.bias"], "targets": ["*.query"]}},
+        {"chosen": {**LORA, "also": ["*word_embeddings*"]}, "pool": "attention"},
+    ],
+    ids=["a bias alone", "another pool"],
+)
+def test_parts_of_modules_and_any_pool_have_a_place(fields, bert, tmp_path):
+    model = build(tower(bert, **fields))
+    model.export("peft", tmp_path / "out")
+    adapted = mmrep.load(tmp_path / "out").tower("text").encoder
+    inputs = adapted.collate([adapted.prepare(text) for text in TEXTS])
+    wanted, found = (encoder(inputs).tokens.values for encoder in (model.tower("text").encoder.eval(), adapted))
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_an_encoder_of_another_library_and_several_towers_are_refused(bert, tmp_path):

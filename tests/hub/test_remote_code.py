@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,8 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         place = str(tmp_path_factory.mktemp("modules"))
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", place)
         patch.syspath_prepend(place)
+        for name in [n for n in sys.modules if n.split(".")[0] == "transformers_modules"]:
+            patch.delitem(sys.modules, name)  # another test's, which would be looked into instead
         yield
 
 
@@ -154,4 +157,17 @@ def test_a_model_that_is_not_of_text_is_refused(folder: Path, mark: Path):
         path.unlink()
     with pytest.raises(ValueError, match="text alone"):
         mmrep.load(folder, trust_remote_code=True)
+    assert not mark.exists()
+
+
+def test_an_adapter_for_such_a_model_is_refused_and_runs_nothing(folder: Path, mark: Path, tmp_path: Path):
+    pytest.importorskip("peft")
+    (tmp_path / "adapter").mkdir()
+    options = {"peft_type": "LORA", "target_modules": ["0"], "base_model_name_or_path": str(folder)}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(options))
+    (tmp_path / "adapter/adapter_model.safetensors").touch()
+    with pytest.raises(ValueError, match="not run for an adapter"):
+        mmrep.load(tmp_path / "adapter", trust_remote_code=True)
+    with pytest.raises(ValueError, match="unasked"):
+        mmrep.load(tmp_path / "adapter")
     assert not mark.exists()

@@ -39,13 +39,13 @@ class Library:
     prefix: str
 
     @classmethod
-    def of(cls, folder: Path, *, code: bool = False) -> Library:
+    def of(cls, folder: Path) -> Library:
         """Of a folder's config.json, built without values."""
         import transformers
 
-        config: Any = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=code, local_files_only=True)
+        config: Any = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            model: Any = transformers.AutoModel.from_config(config, trust_remote_code=code)
+            model: Any = transformers.AutoModel.from_config(config)
         named = model.named_parameters(remove_duplicate=False)  # T5's encoder has the table that is called shared
         return cls(
             type(model).__name__, {name: tuple(p.shape) for name, p in named},

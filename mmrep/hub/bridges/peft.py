@@ -120,7 +120,7 @@ class Peft(Bridge):
     @cached_property
     def _parts(self) -> dict[str, tuple[dict[str, Any], list[str]]]:
         """Per tower that has a part of the adapter: the adapter's fields, and the names of its values."""
-        library = Library.of(self.base.inner, code=self.base.code)
+        library = Library.of(self.base.inner)
         before = headless(self._state, library)
         found: dict[str, tuple[dict[str, Any], list[str]]] = {}
         for name, tower in self.base.config()["towers"].items():
@@ -166,6 +166,11 @@ class Peft(Bridge):
             raise ModelFolderError(
                 f"{self.name!r} is an adapter for {base or said!r}, which is no model that transformers' AutoModel "
                 f"builds, or one whose towers' names are not known here ({kind})"
+            )
+        if found.code:
+            raise ModelFolderError(
+                f"{self.name!r} is an adapter for {base or said!r}, which needs Python code of its own repository: "
+                "that is not run for an adapter. Merge the two with peft (merge_and_unload) and load the whole"
             )
         return found
 

@@ -90,9 +90,11 @@ def _base(tower: Tower, name: str, revision: str | None) -> tuple[Encoder, Libra
     """The tower's encoder as it is in the base, without an adapter; the library's model; whether it is joint."""
     try:
         found = HuggingFace(name, **({"revision": revision} if revision else {}))
+        if found.code:
+            raise ValueError("it needs code of its own repository, which is not run for this")
         chosen = tower.config.encoder
         config = dataclasses.replace(chosen.config, path=str(found.inner), revision=None)
-        return dataclasses.replace(chosen, config=config).build(), Library.of(found.inner, code=found.code), found.joint
+        return dataclasses.replace(chosen, config=config).build(), Library.of(found.inner), found.joint
     except (ModelFolderError, ValueError) as error:
         raise ExportError(
             f"peft: the adapter is for {name!r}, which cannot be read to see that it is: {error}. Name the same "
