@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import mmrep
 from mmrep.config import ConfigError
 from mmrep.finetune._command import merge
 from mmrep.finetune.merge import add_task_vectors
 from mmrep.finetune.position import learn_coefficients, learn_coefficients_on
+from mmrep.model import Model
 from mmrep.recipe import read_recipe
 from mmrep.run import Run
 from tests.finetune.test_merge import INPUTS, model, moved, vector
@@ -93,6 +96,23 @@ def test_the_command_merges_by_what_it_has_found(world, tmp_path):
     ):
         with pytest.raises(ConfigError, match=words):
             merge(names, tmp_path / "no", **{**options, "learn": path, "steps": 3, **wrong})
+
+
+def test_a_base_without_a_temperature_gets_that_of_the_runs_beginning(world, tmp_path):
+    """As an encoder of another library, of which a run made one with a temperature."""
+    folder, _ = world
+    bare = mmrep.load(folder / "first/model")
+    bare.temperatures, bare.config = nn.ModuleDict(), replace(bare.config, temperatures={})
+    bare.save_pretrained(tmp_path / "bare")
+    better = mmrep.load(folder / "better/model")
+    merge([str(folder / "better")], tmp_path / "out", alpha=None, base=str(tmp_path / "bare"), scale=(0.5,))
+    merged = mmrep.load(tmp_path / "out")
+    begin, now = (float(m.temperature("default").log_scale) for m in (Model(better.config), better))
+    assert abs(begin - now) > 1e-4
+    assert float(merged.temperature("default").log_scale) == pytest.approx((begin + now) / 2, abs=1e-6)
+    first = weights(mmrep.load(folder / "first/model").tower("image"))
+    wanted = (first + weights(better.tower("image"))) / 2
+    torch.testing.assert_close(weights(merged.tower("image")), wanted)
 
 
 def test_an_objective_with_weights_of_its_own_is_refused(world):
