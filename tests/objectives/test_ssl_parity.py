@@ -29,7 +29,7 @@ def reference(single, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def reports(request, reference, tmp_path_factory):
     reports = run_ranks(parity.compare, request.param, tmp_path_factory.mktemp("ranks"), str(reference))
     assert [(r["world"], r["rows"]) for r in reports] == [(request.param, n) for n in SHARDS[request.param]]
