@@ -270,3 +270,38 @@ def test_tokens_are_of_one_size_and_cannot_be_merged():
     towers = {"a": parse(TowerConfig, {"encoder": VIT, "adapter": MMRL})}
     with pytest.raises(ValueError, match="read: true"), known_classes(Model(ModelConfig(dim=4, towers=towers))):
         pass
+
+
+def test_the_rest_of_a_model_begins_as_without_it():
+    """What is built after the tokens draws the numbers that it draws without them."""
+    made = []
+    for adapter in (None, {**MMRL, "read": True}):
+        torch.manual_seed(4)
+        towers = {name: parse(TowerConfig, {"encoder": VIT, "adapter": adapter}) for name in ("a", "b")}
+        made.append(Model(ModelConfig(dim=4, towers=towers)).state_dict())
+    assert all(torch.equal(value, made[1][name]) for name, value in made[0].items())
+
+
+def test_of_no_samples_there_are_no_second_embeddings(tmp_path: Path):
+    model = build(**clip(tmp_path))
+    tower = model.tower("image")
+    none = {name: value[:0] for name, value in inputs(model, "image").items()}
+    assert tower.encoding(none).extra[NAME].shape == (0, 6)
+    with known_classes(model):
+        assert tower(none).shape == (0, 6)
+
+
+def test_without_the_adapter_and_again_with_it():
+    model = build(MORE)
+    tower, batch = model.tower("image"), inputs(model, "image")
+    before = tower(batch)
+    with tower.without_adapter():
+        assert NAME not in tower.encoding(batch).extra
+    assert torch.equal(tower(batch), before)
+    for part in ("tokens", "bias", "left", "right"):  # each of them matters
+        value = getattr(injection(tower.encoder), part)
+        with torch.no_grad():
+            value.mul_(1.5)
+        assert not torch.equal(tower(batch), before)
+        with torch.no_grad():
+            value.div_(1.5)
