@@ -305,3 +305,11 @@ def test_without_the_adapter_and_again_with_it():
         assert not torch.equal(tower(batch), before)
         with torch.no_grad():
             value.div_(1.5)
+
+
+def test_a_pass_of_the_encoder_alone_leaves_no_trace_in_the_next():
+    """Nobody took the tokens that its last block returned; the first block of the next begins with fresh ones."""
+    model = build({**MMRL, "rank": 2, "keep": 0.4})
+    encoder, batch = model.tower("image").encoder, inputs(model, "image")
+    first = encoder(batch).tokens.values
+    assert torch.equal(encoder(batch).tokens.values, first)
