@@ -14,7 +14,7 @@ import mmrep
 from mmrep._unused import freeze_unused
 from mmrep.config import ConfigError, component, parse
 from mmrep.data.batch import Batch
-from mmrep.finetune._injection import _widened
+from mmrep.finetune._injection import Injection, _widened
 from mmrep.finetune.representation import NAME, injection, known_classes
 from mmrep.model import Model, ModelConfig
 from mmrep.objectives.root import Root
@@ -313,3 +313,12 @@ def test_a_pass_of_the_encoder_alone_leaves_no_trace_in_the_next():
     encoder, batch = model.tower("image").encoder, inputs(model, "image")
     first = encoder(batch).tokens.values
     assert torch.equal(encoder(batch).tokens.values, first)
+
+
+def test_with_a_rank_all_blocks_begin_with_one_map_and_a_bias_each():
+    made = Injection(3, 5, 16, 2, rank=2, keep=None, dim=0)
+    shared = F.linear(made.tokens, made.weight[0])
+    for number in (0, 1):
+        torch.testing.assert_close(made.fresh(number), shared + made.bias[number])
+    assert made.left is not None
+    assert made.left.abs().min() > 0, "a zero here, too, would never learn"
