@@ -151,7 +151,16 @@ class Model(nn.Module, ModelHubMixin, library_name="mmrep", tags=["mmrep", "feat
         )
 
     def temperature(self, name: str) -> Temperature:
-        """The temperature called ``name``."""
+        """The temperature called ``name``.
+
+        Raises:
+            UnknownNameError: there is none.
+        """
+        if name not in self.temperatures:
+            raise UnknownNameError(
+                f"this model has no temperature {name!r}{near(name, self.temperatures)} "
+                f"It has: {', '.join(self.temperatures) or 'none'}"
+            )
         return cast(Temperature, self.temperatures[name])
 
     def fuse(self, name: str, embeddings: Mapping[str, Tensor], present: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -7,14 +7,17 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from torch import nn
 
 from mmrep import cli, load
 from mmrep.recipe import read_recipe
+from mmrep.registry import UnknownNameError
 from mmrep.run import Run
 from tests.world import draw, make_world, write_recipe
 
@@ -123,8 +126,14 @@ def test_evaluate_another_model_by_a_recipe(mmrep, world, run_folder, tmp_path):
     ))  # fmt: skip
     assert by_recipe == own
     untrained = Run(read_recipe(str(world / "recipe.yaml"))).untrained()
+    untrained.temperatures, untrained.config = nn.ModuleDict(), replace(untrained.config, temperatures={})
     untrained.save_pretrained(tmp_path / "untrained")
-    assert mmrep("evaluate", run_folder, "--model", tmp_path / "untrained") != own
+    said = mmrep("evaluate", run_folder, "--model", tmp_path / "untrained")
+    assert "zero-shot" in said
+    assert "true_class_probability" in own
+    assert "true_class_probability" not in said, "without a temperature there are no probabilities"
+    with pytest.raises(UnknownNameError, match="no temperature 'defautl'"):
+        untrained.temperature("defautl")
     other = yaml.safe_load((world / "recipe.yaml").read_text())
     other["model"]["towers"]["words"] = other["model"]["towers"].pop("text")
     other["data"]["fields"]["caption"], other["evaluations"] = "words", {}

@@ -105,8 +105,9 @@ class ZeroShot(Evaluation):
         """data: held-out labelled source. field: what is classified. text: the field (or tower) that reads prompts.
 
         templates: prompts with ``{}`` for the class name. temperature: which of the model's temperatures turns
-        similarities into probabilities. known: the classes are those that a tower with representation tokens was
-        trained to tell, so that its two embeddings are blended; see `mmrep.finetune.representation.known_classes`.
+        similarities into probabilities; a model without any gives none. known: the classes are those that a tower with
+        representation tokens was trained to tell, so that its two embeddings are blended; see
+        `mmrep.finetune.representation.known_classes`.
         """
 
         data: str
@@ -126,7 +127,8 @@ class ZeroShot(Evaluation):
         prompts = class_embeddings(
             lambda texts: np.asarray(bench.model.encode(texts, tower)), names, self.config.templates
         )
-        temperature = bench.model.temperature(self.config.temperature)
+        has = len(bench.model.temperatures) > 0  # another library's encoder need not have one: no probabilities then
+        temperature = bench.model.temperature(self.config.temperature) if has else None
         items: Any = encoded.embeddings[self.config.field]
         if self.config.known:
             raw = [encoded.raw(i, self.config.field) for i in range(len(encoded))]
@@ -134,8 +136,8 @@ class ZeroShot(Evaluation):
                 items = bench.model.encode(raw, bench.fields[self.config.field], show_progress_bar=False)
         figures = zero_shot_metrics(
             items, prompts, labels,
-            scale=temperature.scale.item(),
-            bias=None if temperature.bias is None else temperature.bias.item(),
+            scale=None if temperature is None else temperature.scale.item(),
+            bias=None if temperature is None or temperature.bias is None else temperature.bias.item(),
         )  # fmt: skip
         return _beside_chance(figures)
 
