@@ -26,7 +26,7 @@ from mmrep.registry import near
 logger = logging.getLogger(__name__)
 
 _COUNTER = "num_batches_tracked"  # of batch norm: how often its statistics were updated, not a part of the function
-_TRACES = {"name_or_path", "_name_or_path", "transformers_version", "truncation", "padding"}
+_TRACES = {"name_or_path", "_name_or_path", "transformers_version", "truncation", "padding", "local_files_only"}
 
 
 def interpolate(start: Model, tuned: Model, alpha: float) -> Model:

@@ -13,6 +13,7 @@ import mmrep
 from mmrep.config import ConfigError, component
 from mmrep.finetune.merge import add_task_vectors, greedy_soup, interpolate, soup
 from mmrep.model import Model, ModelConfig, TowerConfig
+from tests.hub.peft_folders import base
 from tests.toys import ToyEncoder  # registers it
 
 
@@ -155,3 +156,11 @@ def test_a_merged_model_is_a_saved_model_like_any_other(tmp_path):
     again = mmrep.load(tmp_path / "m")  # checks the fingerprint
     assert (again.encode(INPUTS, "b") == merged.encode(INPUTS, "b")).all()
     assert (again.encode(INPUTS, "b") != a.encode(INPUTS, "b")).any()
+
+
+def test_a_checkpoint_and_a_model_saved_from_it_can_be_merged(tmp_path):
+    """How a tokenizer was asked for is in its files, and says nothing about what it does."""
+    checkpoint = mmrep.load(base("bert", tmp_path / "bert"))
+    checkpoint.save_pretrained(tmp_path / "saved")
+    merged = soup([checkpoint, mmrep.load(tmp_path / "saved")])
+    torch.testing.assert_close(vector(merged), vector(checkpoint))
